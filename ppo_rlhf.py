@@ -1,0 +1,692 @@
+"""Stage 3 of RLHF: PPO. The SFT model learns to write what the reward model scores highly.
+
+Each update: (1) the policy answers a batch of prompts, (2) the frozen reference (the SFT model) and the reward model
+judge the answers, (3) rewards become advantages, (4) a few epochs of clipped policy-gradient steps. The reward is
+
+    score(prompt, response) - beta * KL(policy || reference)
+
+where the KL is the leash: without it the policy drifts to whatever the reward model, which is only a model, mistakes
+for quality (Gao et al. 2022), and forgets how to write.
+
+    python ppo_rlhf.py --beta 0.1                                     # the shipped task, after the first two stages
+    python ppo_rlhf.py --sft_model_path my_sft/ --reward_model_path my_rm/ --dataset_name my_prompts/
+
+Reads   runs/sft, runs/reward_model and data/prompts/{train,test}.jsonl with the column `prompt`.
+Writes  runs/ppo: the policy and its tokenizer, value_head.safetensors, metrics.jsonl, samples.jsonl, args.json and
+        eval.jsonl: SFT and PPO side by side on the held-out prompts.
+Next    python data/judge.py runs/ppo/eval.jsonl
+
+How the tensors line up. A row holds a prompt and its response; B rows, P prompt slots, T response slots:
+
+    rollout   [ pad pad q1 q2 q3 | r1 r2 r3 EOS pad ]     prompts left-padded, so every row samples in the same slot
+    training  [ q1 q2 q3 r1 r2 r3 EOS pad pad pad   ]     rolled to the left: causal attention needs no mask at all
+                     |  |  |  |
+                     r1 r2 r3 EOS  <- predicted           the position before a token predicts it: its logits give
+                     V1 V2 V3 V4                          the log-prob, its hidden state gives V, the value before it
+    mask [B, T]      1  1  1  1   0                       every sampled token, EOS included; from lengths, not ids
+    KL               x  x  x  x                           on every real token
+    score                     x                           on the last real token; after it there is nothing, V = 0
+
+Sources: Ziegler et al. 2019 (openai/lm-human-preferences), Stiennon et al. 2020, Ouyang et al. 2022, and "The N
+Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-preference-details).
+"""
+
+import contextlib
+import copy
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache
+
+
+@dataclass
+class Args:
+    # ---- what goes in, what comes out ----
+    sft_model_path: str = "runs/sft"
+    """the policy's start and the frozen reference: a local folder or a Hub name"""
+    reward_model_path: str = "runs/reward_model"
+    """a sequence-classification model with one label and the same tokenizer: a local folder or a Hub name"""
+    dataset_name: str = "data/prompts"
+    """a Hub name or a local folder with train.jsonl and test.jsonl; column `prompt`"""
+    output_dir: str = "runs/ppo"
+    """where the policy, metrics.jsonl and eval.jsonl go"""
+    prompt_template: str = "Prompt: {prompt}\nResponse:"
+    """what a string prompt is put into, the same in all three stages; a prompt that is a list of chat messages
+    goes through the tokenizer's own chat template instead"""
+    max_prompt_length: int = 256
+    """tokens; longer prompts are left out, and counted"""
+
+    # ---- rollout ----
+    total_episodes: int = 7680
+    """responses sampled over the whole run; updates = total_episodes / batch_size"""
+    batch_size: int = 128
+    """episodes an update"""
+    max_new_tokens: int = 64
+    """the longest response, in tokens; the shipped task's longest good answers take about 50"""
+    temperature: float = 0.7
+    """of the sampler and of every log-prob. 0.7 as in Ziegler et al. 2019: a small model is much better there than
+    at 1.0, and what is sampled, scored, anchored by the KL and judged at the end is one and the same policy"""
+
+    # ---- reward ----
+    beta: float = 0.1
+    """price of one nat of KL from the reference, in standard deviations of the SFT model's scores. 0 lets the policy
+    hack the reward model, 1 hardly lets it move; 0.02 to 0.2 is usual"""
+    missing_eos_penalty: float = 1.0
+    """subtracted from the score of a response that was cut off at max_new_tokens: half an answer is no answer"""
+
+    # ---- advantages ----
+    gamma: float = 1.0
+    """discount per token; 1: an answer is judged as a whole, its early tokens matter as much as its last"""
+    lam: float = 0.95
+    """GAE's lambda: 1 is the noisy, unbiased return, 0 trusts the value head alone (Schulman et al. 2015)"""
+
+    # ---- update ----
+    learning_rate: float = 3e-5
+    """peak of Adam's learning rate; linear decay to zero. Small models bear 1e-5 to 1e-4, a 1B model 1e-6 to 3e-6"""
+    warmup_steps: int = 2
+    """updates of linear warm-up: Adam's first steps have full length whatever the gradient, and the values they
+    would rest on are not learnt yet"""
+    num_ppo_epochs: int = 4
+    """passes over each batch of episodes"""
+    num_mini_batches: int = 4
+    """optimizer steps in one pass"""
+    per_device_train_batch_size: int = 32
+    """episodes in one forward and backward pass (the micro-batch): changes memory and speed, never the gradient"""
+    cliprange: float = 0.2
+    """the probability ratio stops paying outside of [1 - cliprange, 1 + cliprange] (Schulman et al. 2017)"""
+    cliprange_value: float = 0.2
+    """how far a value may move from the rollout's before its loss stops improving; in score units"""
+    vf_coef: float = 0.1
+    """weight of the value loss: policy and values share one trunk, and the policy must not drown in it"""
+    entropy_coef: float = 0.0
+    """weight of an entropy bonus: more than 0 keeps the policy from collapsing onto one answer"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm if it is longer"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: about a third more time for a fraction of the memory"""
+    seed: int = 1
+    """seeds the order of the prompts, the sampler and the minibatches"""
+
+    # ---- watching ----
+    logging_steps: int = 1
+    """updates between two lines in metrics.jsonl"""
+    eval_steps: int = 10
+    """updates between two looks at a prompt with its response, score and KL; a few more go to samples.jsonl"""
+    track: bool = False
+    """log to Weights & Biases too"""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The mathematics. Everything is [B, T] with a mask of the same shape: 1 on real response tokens, 0 on padding.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def masked_mean(x, mask):
+    """Mean of x over the real tokens -> scalar."""
+    return (x * mask).sum() / mask.sum()
+
+
+def masked_var(x, mask):
+    """Variance of x over the real tokens -> scalar."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x, mask):
+    """x with mean 0 and standard deviation 1 over the real tokens, and 0 on padding: [B, T] -> [B, T].
+
+    Statistics over padding would shrink with the share of padding in a batch, and with them the step size."""
+    return (x - masked_mean(x, mask)) * torch.rsqrt(masked_var(x, mask) + 1e-8) * mask
+
+
+def logprobs(logits, labels):
+    """Log-probability of each label: [..., V], [...] -> [...]. One fused kernel: no second [..., V] tensor."""
+    return -F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+
+
+def entropies(logits):
+    """Exact entropy of each token's distribution, in nats: [..., V] -> [...]."""
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def penalized_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """Reward of each token: -beta * (log pi - log ref) on every real one, plus the score on the last real one.
+
+    scores [B]; logprobs, ref_logprobs, mask [B, T] -> [B, T]. log pi - log ref of the sampled token is the k1
+    estimate of the KL: unbiased, and summed over the tokens it makes the return score - beta * KL. One slot later,
+    the score would fall on padding for every answer that ends early, and half the batch would learn from nothing."""
+    rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T]
+    last = mask.sum(1).long() - 1  # [B]
+    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))  # [B, T]
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2015, eq. 16) -> advantages [B, T], returns [B, T].
+
+    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, from the last token backwards.
+    V and A after the last real token are 0: the episode is over. (A value read there, on padding that was never
+    trained on, would leak into every advantage of the answer.)"""
+    values = values * mask  # [B, T]
+    advantages = torch.zeros_like(values)  # [B, T]
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # [B]
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # [B]
+        advantages[:, t] = next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]  # [B]
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def policy_loss(new_logprobs, old_logprobs, advantages, cliprange):
+    """PPO's clipped surrogate, per token (Schulman et al. 2017, eq. 7): [B, T] -> [B, T], to be minimized.
+
+    The max of two losses is the pessimistic one: a token gains nothing from moving its ratio past the clip in the
+    direction of its advantage, but is always pulled back if it went the wrong way."""
+    ratio = torch.exp(new_logprobs - old_logprobs)  # [B, T]
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+
+
+def value_loss(new_values, old_values, returns, cliprange_value):
+    """Clipped squared error, per token: [B, T] -> [B, T] (lm-human-preferences, train_policy.py:344)."""
+    clipped = old_values + (new_values - old_values).clamp(-cliprange_value, cliprange_value)  # [B, T]
+    return 0.5 * torch.max((new_values - returns) ** 2, (clipped - returns) ** 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The models' side: sampling, hidden states of responses, scores.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
+    """Sample a response to every prompt -> responses [B, T] (padded after EOS), lengths [B] (EOS included).
+
+    prompts, prompt_mask [B, P], left-padded; uniforms [T, B] in [0, 1): all the randomness there is.
+
+    A decode step is thousands of tiny kernels, and launching them from Python takes longer than running them. On
+    CUDA the step is therefore captured once as a CUDA graph and replayed, one launch a token. A graph replays
+    the same kernels on the same addresses, so a step must have fixed shapes (a cache of the full length, every row
+    decoded until the last one is done), keep its state in tensors that it changes in place, and never ask the
+    host anything. On a CPU the same step simply runs."""
+    (B, P), T, device = prompts.shape, len(uniforms), prompts.device
+    cache = StaticCache(config=model.config, max_cache_len=P + T)  # keys and values, [B, heads, P+T, d_head] a layer
+    slots = torch.arange(P + T, device=device)  # [P+T]
+    readable = F.pad(prompt_mask.bool(), (0, T), value=True)[:, None, None]  # [B, 1, 1, P+T]: all but the left pads
+    responses = torch.full((B, T), pad_id, device=device)  # [B, T]
+    lengths = torch.zeros(B, dtype=torch.long, device=device)  # [B]
+    done = torch.zeros(B, dtype=torch.bool, device=device)  # [B]
+    token = torch.empty(B, 1, dtype=torch.long, device=device)  # [B, 1] the newest
+    position = prompt_mask.sum(1, keepdim=True)  # [B, 1] of the newest: real tokens before it, not slots
+    step = torch.zeros(1, dtype=torch.long, device=device)  # [1] response tokens so far; a tensor, so a graph can count
+
+    def sample_next(hidden):  # [B, d]
+        # Plain sampling by inverse CDF: the first token whose cumulative probability exceeds u. No top-k, no top-p, no
+        # penalties: the log-probs in the loss are of this distribution and no other, or the ratio is meaningless.
+        cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # [B, V]
+        u = uniforms.index_select(0, step).T * cdf[:, -1:]  # [B, 1]; the last entry is 1 up to rounding
+        token.copy_(torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1))
+        token.masked_fill_(done[:, None], pad_id)
+        responses.index_copy_(1, step, token)
+        lengths.add_(~done)
+        done.logical_or_(token[:, 0] == eos_id)
+        step.add_(1)
+
+    def decode_step():
+        mask = readable & (slots < P + step)  # [B, 1, 1, P+T]: what has been written so far
+        hidden = model.base_model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache,
+                                  use_cache=True).last_hidden_state  # [B, 1, d]  # fmt: skip
+        position.add_(1)
+        sample_next(hidden[:, 0])
+
+    # Prefill: all prompt tokens in one forward. Positions count real tokens only (left pads would shift them, and
+    # the same prompt would get another answer in another batch); pads attend to themselves, as a softmax over
+    # nothing is NaN.
+    mask = (readable & (slots <= slots[:P, None])) | (slots == slots[:P, None])  # [B, 1, P, P+T]
+    hidden = model.base_model(input_ids=prompts, attention_mask=mask, position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
+                              past_key_values=cache, use_cache=True).last_hidden_state  # [B, P, d]  # fmt: skip
+    sample_next(hidden[:, -1])
+
+    run_step, first = decode_step, 1
+    if device.type == "cuda" and T > 3:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # two real steps first: libraries allocate their workspaces now, not in the graph
+            decode_step(), decode_step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # records the step, runs nothing
+            decode_step()
+        run_step, first = graph.replay, 3
+    for t in range(first, T):
+        run_step()
+        if t % 8 == 0 and done.all():  # asking costs a wait for the device, so ask rarely
+            break
+    return responses, lengths
+
+
+def response_states(model, ids, prompt_lengths, T):
+    """Hidden states that predict response tokens 1 ... T: right-padded ids [b, L], prompt_lengths [b] -> [b, T, d].
+
+    The output layer is then applied to these alone. Logits of whole sequences, [b, L, V], would be by far the
+    largest tensor of the run (16 GB for 16 x 565 tokens and a vocabulary of 152k)."""
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, d]
+    slots = prompt_lengths[:, None] - 1 + torch.arange(T, device=ids.device)  # [b, T]: the position before each token
+    slots = slots.clamp(max=ids.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])  # [b, T, d]
+    return hidden.gather(1, slots)
+
+
+def micro_batches(rows, lengths, response_lengths, size):
+    """Split row numbers into micro-batches of similar length -> [(rows, longest sequence L, longest response t)].
+
+    Cut to L and t, a micro-batch has few pads; the order of rows within a minibatch means nothing to its gradient."""
+    rows = sorted(rows, key=lambda row: lengths[row])
+    chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [(chunk, max(lengths[i] for i in chunk), max(response_lengths[i] for i in chunk)) for chunk in chunks]
+
+
+def score_sequences(reward_model, ids, lengths):  # [shared]
+    """The raw score of each sequence, [B], read at its last real token, from right-padded ids [B, L].
+
+    `lengths` [B] say where that is; looking for the first pad id instead (as the stock forward does) goes wrong
+    as soon as pad == eos, since the EOS is then taken for padding and the score read one token early."""
+    hidden = reward_model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, d]
+    last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # [B, d]
+    return reward_model.score(last).squeeze(-1).float()  # [B]
+
+
+@torch.no_grad()
+def reward_fn(reward_model, tokenizer, sequences, prompt_lengths, lengths):
+    """YOUR REWARD GOES HERE. One float for each answer, [b]; PPO asks for nothing else.
+
+    sequences [b, L]: ids of prompt and response, right-padded; prompt_lengths, lengths [b]: where the response starts
+    and ends. Here: the reward model, normalized so that SFT samples have mean 0 and standard deviation 1. A rule
+    or a remote judge wants texts; "shorter is better", say, is
+
+        answers = [tokenizer.decode(row[p:n], skip_special_tokens=True)
+                   for row, p, n in zip(sequences, prompt_lengths, lengths)]
+        return torch.tensor([-len(answer.split()) / 10 for answer in answers], device=sequences.device)
+    """
+    config = reward_model.config
+    return (score_sequences(reward_model, sequences, lengths) - config.reward_mean) / config.reward_std
+
+
+def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast):
+    """What policy and value head say of response tokens: log-probs, entropies, values, each [b, T], 0 on padding.
+
+    ids [b, L], prompt_lengths [b], labels and mask [b, T]. One forward of one trunk serves both heads. The same
+    function gives the old log-probs and the new ones: then the ratio of an unchanged policy is 1, whatever the
+    sampler's kernels round differently."""
+    with autocast:
+        hidden = response_states(policy, ids, prompt_lengths, labels.shape[1])  # [b, T, d]
+        logits = policy.get_output_embeddings()(hidden)  # [b, T, V] of response tokens only
+    logits = logits.float() / temperature  # the distribution that was sampled is the one that is scored
+    new_logprobs = logprobs(logits, labels)  # [b, T]
+    new_values = value_head(hidden.float()).squeeze(-1)  # [b, T] outside autocast: bf16 has 3 digits, returns need more
+    return [x.masked_fill(mask == 0, 0.0) for x in (new_logprobs, entropies(logits), new_values)]
+
+
+def left_pad(prompts, pad_id, device):
+    """Lists of ids -> prompts [B, P], mask [B, P] (1 on real tokens), lengths [B]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, P]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
+    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long(), lengths
+
+
+def roll_left(prompts, responses, prompt_lengths):
+    """[pad pad q q | r r] -> [q q r r pad pad]: prompts [B, P], responses [B, T] -> sequences [B, P+T].
+
+    With the padding on the right, causal attention needs no mask and positions are 0, 1, ...: the fast kernels apply."""
+    joined = torch.cat([prompts, responses], 1)  # [B, P+T]
+    slots = torch.arange(joined.shape[1], device=joined.device) + (prompts.shape[1] - prompt_lengths)[:, None]
+    return joined.gather(1, slots % joined.shape[1])  # [B, P+T]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Helpers. Those marked [shared] stand in the other scripts too, the same to the letter: each file stands alone.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def fail(message):  # [shared]
+    """Bad input ends here: one line that says what, where and how to mend it; exit status 2, no traceback."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_rows(name, split, columns):  # [shared]
+    """One split of a Hub data set, or of a local folder with `{split}.jsonl`, as a list of dicts.
+
+    Every row must have every one of `columns`, as a string that is not blank or a list of chat messages."""
+    try:
+        rows = datasets.load_dataset(name, split=split).to_list()
+    except Exception as error:  # the library has a dozen types for this; the file and the line are what helps
+        for path in sorted(Path(name).glob(f"{split}*.jsonl")):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+                try:
+                    json.loads(line)
+                except ValueError as malformed:
+                    fail(f"{path}:{number}: this line is not JSON ({malformed}); mend or remove it")
+        fail(f"--dataset_name {name}: no `{split}` split could be read ({str(error).splitlines()[0]}); give a folder "
+             f"with {split}.jsonl or the name of a data set on the Hub")  # fmt: skip
+    if not rows:
+        fail(f"--dataset_name {name}: its `{split}` split is empty")
+    for column in columns:
+        if column not in rows[0]:
+            fail(f"--dataset_name {name}: `{split}` has no column `{column}`, only {sorted(rows[0])}; rename one")
+        for number, row in enumerate(rows, 1):
+            value = row[column]
+            if not (value.strip() if isinstance(value, str) else isinstance(value, list) and value):
+                fail(f"{name}, {split} row {number}: `{column}` is {str(value)[:40]!r}; give it text or chat messages")
+    return rows
+
+
+def encode(tokenizer, template, prompt, completion=""):  # [shared]
+    """(prompt ids, completion ids that end with EOS): tokenized apart and joined as ids, in every stage alike.
+
+    Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
+    prompt that was tokenized alone, would never see those tokens again."""
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
+        completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
+    else:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+        completion = completion if isinstance(completion, str) else completion[-1]["content"]
+    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return prompt_ids, completion_ids
+
+
+def load_model(auto_class, path, flag):
+    """(model, tokenizer) in float32, without dropout: it would change the log-probs between rollout and update."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel: 40% less memory for GPT-2
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = auto_class.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"{flag} {path}: no model could be loaded ({str(error).splitlines()[0]})")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
+    model.config.pad_token_id = None  # or GPT-2's forward looks for pads in every batch: a wait for the device
+    return model, tokenizer
+
+
+def now(device):
+    """Seconds, after all that was launched is done: CUDA runs behind the host."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main(args):
+    if args.batch_size % args.num_mini_batches:
+        fail(f"--batch_size {args.batch_size} does not divide into --num_mini_batches {args.num_mini_batches}")
+    if args.total_episodes < args.batch_size:
+        fail(f"--total_episodes {args.total_episodes} is less than one --batch_size {args.batch_size}")
+    if not args.temperature > 0:
+        fail(f"--temperature {args.temperature}: must be above 0")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    tolerance = 0.05 if device.type == "cuda" else 1e-4  # nats a token, for what must be 0: bf16 rounds, fp32 hardly
+    frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    B, T = args.batch_size, args.max_new_tokens
+
+    # ============================================================================================================
+    # Models: policy and reference start as the same SFT model; the value head is one linear layer on the policy
+    # ============================================================================================================
+    for path, flag, command in ((args.sft_model_path, "--sft_model_path", "python sft.py"),
+                                (args.reward_model_path, "--reward_model_path", "python reward_model.py")):  # fmt: skip
+        if path in (Args.sft_model_path, Args.reward_model_path) and not (Path(path) / "config.json").exists():
+            fail(f"there is no model in {path} yet: `{command}` makes it (or name one: {flag})")
+    policy, tokenizer = load_model(AutoModelForCausalLM, args.sft_model_path, "--sft_model_path")
+    reward_model, reward_tokenizer = load_model(AutoModelForSequenceClassification, args.reward_model_path, "--reward_model_path")
+    if tokenizer.get_vocab() != reward_tokenizer.get_vocab():
+        fail(f"{args.reward_model_path} has another tokenizer than {args.sft_model_path}: the reward model would read other "
+             "words than were written; train it from this SFT model, or re-tokenize in reward_fn")  # fmt: skip
+    if not hasattr(reward_model.config, "reward_std"):
+        print(f"{args.reward_model_path} was saved without reward_mean and reward_std: its raw scores are used")
+        reward_model.config.reward_mean, reward_model.config.reward_std = 0.0, 1.0
+    policy.to(device)
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    reference = copy.deepcopy(policy).to(frozen_dtype).eval().requires_grad_(False)
+    reward_model = reward_model.to(device, frozen_dtype).eval().requires_grad_(False)
+    # The sampler needs no master weights: a bf16 copy on CUDA, refreshed after each update, halves what a step reads.
+    sampler = copy.deepcopy(policy).to(frozen_dtype).eval().requires_grad_(False) if device.type == "cuda" else policy
+    value_head = torch.nn.Linear(policy.config.hidden_size, 1).to(device)
+    # Zero: the first values are the mean of normalized scores, and the first advantages are not noise of a random head.
+    torch.nn.init.zeros_(value_head.weight), torch.nn.init.zeros_(value_head.bias)
+    parameters = [*policy.parameters(), *value_head.parameters()]
+    # eps 1e-5 as in lm-human-preferences: larger than torch's 1e-8, it damps the first, ill-estimated steps
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
+
+    # ============================================================================================================
+    # Prompts
+    # ============================================================================================================
+    rows = {split: load_rows(args.dataset_name, split, ["prompt"]) for split in ("train", "test")}
+    data = {}
+    for split, examples in rows.items():
+        encoded = [(row["prompt"], encode(tokenizer, args.prompt_template, row["prompt"])[0]) for row in examples]
+        data[split] = [(prompt, ids) for prompt, ids in encoded if len(ids) <= args.max_prompt_length]
+        if len(data[split]) < len(encoded):
+            print(f"{split}: left out {len(encoded) - len(data[split])} of {len(encoded)} prompts, longer than --max_prompt_length")
+        if not data[split]:
+            fail(f"--max_prompt_length {args.max_prompt_length}: every prompt of `{split}` is longer; raise it")
+    longest = max(len(ids) for _, ids in data["train"] + data["test"])
+    if longest + T > policy.config.max_position_embeddings:
+        fail(f"--max_new_tokens {T}: with a prompt of {longest} tokens that is more than the model's context of "
+             f"{policy.config.max_position_embeddings}; lower it or --max_prompt_length")  # fmt: skip
+
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    metrics_file, samples_file = open(output_dir / "metrics.jsonl", "w"), open(output_dir / "samples.jsonl", "w")
+    if args.track:
+        import wandb
+
+        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True)
+
+    num_updates = args.total_episodes // B
+    # Every epoch is a new permutation of the prompts; made whole, so that an update's prompts depend on nothing else.
+    generator = torch.Generator().manual_seed(args.seed)
+    epochs = math.ceil(args.total_episodes / len(data["train"]))
+    order = torch.cat([torch.randperm(len(data["train"]), generator=generator) for _ in range(epochs)]).tolist()
+    print(f"PPO: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters on {device}, {len(data['train'])} prompts, "
+          f"{num_updates} updates of {B} episodes")  # fmt: skip
+
+    start_time = time.time()
+    progress = tqdm(range(1, num_updates + 1), desc="ppo", disable=None)  # no bar when there is no terminal
+    for update in progress:
+        torch.manual_seed(args.seed * 2**20 + update)  # all of an update's randomness is a function of seed and update
+        lr = args.learning_rate * min(update / (args.warmup_steps + 1), 1 - (update - 1) / num_updates)
+        optimizer.param_groups[0]["lr"] = lr
+
+        # ========================================================================================================
+        # Phase 1, rollout: the policy answers a batch of prompts
+        # ========================================================================================================
+        clock = [now(device)]
+        policy.eval()
+        batch = [data["train"][i] for i in order[(update - 1) * B : update * B]]
+        prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in batch], tokenizer.pad_token_id, device)
+        uniforms = torch.rand(T, B, device=device)  # [T, B]
+        responses, response_lengths = rollout(
+            sampler, prompts, prompt_mask, uniforms, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id
+        )  # [B, T], [B]
+        mask = (torch.arange(T, device=device) < response_lengths[:, None]).float()  # [B, T] the one mask
+        ended = responses.gather(1, response_lengths[:, None] - 1)[:, 0] == tokenizer.eos_token_id  # [B]
+        sequences = roll_left(prompts, responses, prompt_lengths)  # [B, P+T]
+        lengths = prompt_lengths + response_lengths  # [B]
+        # The host learns the lengths once, to cut micro-batches to their longest row; all else stays on the device.
+        host_lengths = (lengths.tolist(), response_lengths.tolist())
+        micro_size = args.per_device_train_batch_size
+        clock.append(now(device))
+
+        # ========================================================================================================
+        # Phase 2, scoring: old log-probs and values, the reference's log-probs, the reward model's scores
+        # ========================================================================================================
+        old_logprobs, ref_logprobs, values = torch.zeros(3, B, T, device=device)  # [B, T] each
+        scores = torch.zeros(B, device=device)  # [B]
+        with torch.no_grad():
+            for rows, L, t in micro_batches(range(B), *host_lengths, micro_size):
+                ids, starts, labels, m = sequences[rows, :L], prompt_lengths[rows], responses[rows, :t], mask[rows, :t]
+                old_logprobs[rows, :t], _, values[rows, :t] = forward(
+                    policy, value_head, ids, starts, labels, m, args.temperature, autocast
+                )
+                ref_logits = reference.get_output_embeddings()(response_states(reference, ids, starts, t))  # [b, t, V]
+                ref_logprobs[rows, :t] = logprobs(ref_logits.float() / args.temperature, labels) * m
+                scores[rows] = reward_fn(reward_model, tokenizer, ids, starts, lengths[rows])
+        # An answer that was cut off pays: else the policy learns to ramble past the end, where no EOS can lower its score.
+        scores = scores - args.missing_eos_penalty * ~ended  # [B]
+        kl = (old_logprobs - ref_logprobs) * mask  # [B, T]
+        if update == 1:  # policy and reference are the same model: almost every bug in RLHF breaks this
+            assert masked_mean(kl.abs(), mask) < tolerance, f"KL is not 0 at the start: {masked_mean(kl.abs(), mask)}"
+        clock.append(now(device))
+
+        # ========================================================================================================
+        # Phase 3, advantages
+        # ========================================================================================================
+        rewards = penalized_rewards(scores, old_logprobs, ref_logprobs, mask, args.beta)  # [B, T]
+        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)  # [B, T], [B, T]
+        # Whitened advantages make the step size independent of the scale of the rewards; over the whole batch, so that
+        # a minibatch of good answers is not told that half of them are bad.
+        advantages = whiten(advantages, mask)  # [B, T]
+
+        # ========================================================================================================
+        # Phase 4, update: clipped policy and value losses over shuffled minibatches
+        # ========================================================================================================
+        policy.train(args.gradient_checkpointing)  # there is no dropout; train() only switches the checkpointing
+        shuffles = [torch.randperm(B).split(B // args.num_mini_batches) for _ in range(args.num_ppo_epochs)]
+        minibatches = [minibatch.tolist() for shuffle in shuffles for minibatch in shuffle]
+        stats = torch.zeros(len(minibatches), 9, device=device)
+        for k, minibatch in enumerate(minibatches):
+            num_tokens = mask[minibatch].sum()
+            for rows, L, t in micro_batches(minibatch, *host_lengths, micro_size):
+                ids, starts, labels, m = sequences[rows, :L], prompt_lengths[rows], responses[rows, :t], mask[rows, :t]
+                new_logprobs, entropy, new_values = forward(
+                    policy, value_head, ids, starts, labels, m, args.temperature, autocast
+                )  # [b, t] each
+                old, a, v, r = old_logprobs[rows, :t], advantages[rows, :t], values[rows, :t], returns[rows, :t]
+                pg_loss = policy_loss(new_logprobs, old, a, args.cliprange)  # [b, t]
+                vf_loss = value_loss(new_values, v, r, args.cliprange_value)  # [b, t]
+                loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy  # [b, t]
+                # Sum over real tokens, divided by those of the whole minibatch: every token weighs the same, and
+                # neither padding nor the size of the micro-batch changes the gradient.
+                ((loss * m).sum() / num_tokens).backward()
+
+                log_ratio = (new_logprobs - old).detach()  # [b, t]
+                ratio = log_ratio.exp()
+                seen = torch.stack([pg_loss, vf_loss, entropy, ratio, log_ratio.abs(), 0.5 * log_ratio**2,
+                                    (ratio - 1).abs() > args.cliprange, (new_values - v).abs() > args.cliprange_value])  # fmt: skip
+                stats[k, :8] += (seen.detach() * m).sum((1, 2)) / num_tokens
+            stats[k, 8] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if sampler is not policy:
+            torch._foreach_copy_(list(sampler.parameters()), list(policy.parameters()))
+        first_log_ratio = stats[0, 4].item()  # before any step, so the two policies are one
+        assert first_log_ratio < tolerance, f"ratio is not 1 on the first minibatch: mean |log ratio| {first_log_ratio}"
+        clock.append(now(device))
+
+        # ========================================================================================================
+        # Phase 5, logging: every figure a mean over real tokens or over episodes
+        # ========================================================================================================
+        pg, vf, ent, ratio, _, approxkl, clipfrac, vf_clipfrac, grad_norm = stats.mean(0).tolist()
+        episode_kl = kl.sum(1)  # [B] nats an answer
+        metrics = {
+            "update": update,
+            "episode": update * B,
+            "objective/scores": scores.mean().item(),
+            "objective/kl": episode_kl.mean().item(),
+            "objective/entropy": -(old_logprobs * mask).sum(1).mean().item(),
+            "objective/non_score_reward": -args.beta * episode_kl.mean().item(),
+            "objective/rlhf_reward": (scores - args.beta * episode_kl).mean().item(),
+            "policy/approxkl_avg": approxkl,
+            "policy/clipfrac_avg": clipfrac,
+            "policy/entropy_avg": ent,
+            "policy/grad_norm": grad_norm,
+            "loss/policy_avg": pg,
+            "loss/value_avg": vf,
+            "val/clipfrac_avg": vf_clipfrac,
+            "val/ratio": ratio,
+            "val/explained_variance": (1 - masked_var(returns - values, mask) / masked_var(returns, mask)).item(),
+            "val/num_eos_tokens": ended.float().mean().item(),  # an episode
+            "response_length": mask.sum(1).mean().item(),
+            "lr": lr,
+            "beta": args.beta,
+            "eps": B / (clock[3] - clock[0]),
+            "time/rollout": clock[1] - clock[0],
+            "time/score": clock[2] - clock[1],
+            "time/update": clock[3] - clock[2],
+        }
+        progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.2f}")
+        if update % args.logging_steps == 0 or update == num_updates:
+            metrics_file.write(json.dumps(metrics) + "\n")
+            metrics_file.flush()
+            if args.track:
+                wandb.log(metrics, step=update)
+        if update % args.eval_steps == 0 or update in (1, num_updates):
+            for i in range(min(4, B)):
+                text = tokenizer.decode(responses[i, : host_lengths[1][i]], skip_special_tokens=True).strip()
+                sample = {"update": update, "prompt": batch[i][0], "response": text,
+                          "score": scores[i].item(), "kl": episode_kl[i].item()}  # fmt: skip
+                samples_file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            samples_file.flush()
+            tqdm.write(f"update {update}/{num_updates}: score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.2f} "
+                       f"nats, length {metrics['response_length']:.1f}\n    {sample['prompt']} -> {text} "
+                       f"(score {sample['score']:.2f}, KL {sample['kl']:.2f})")  # fmt: skip
+    metrics_file.close(), samples_file.close()
+
+    # ============================================================================================================
+    # The end: save, then answer the held-out prompts with the SFT model and with the policy
+    # ============================================================================================================
+    policy.config.pad_token_id = tokenizer.pad_token_id
+    policy.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    save_file(value_head.state_dict(), output_dir / "value_head.safetensors")
+
+    torch.manual_seed(args.seed)
+    policy.eval()
+    results = [{"prompt": prompt} for prompt, _ in data["test"]]
+    for start in range(0, len(results), B):
+        chunk = data["test"][start : start + B]
+        prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in chunk], tokenizer.pad_token_id, device)
+        uniforms = torch.rand(T, len(chunk), device=device)  # [T, b] the same luck for both
+        for name, model in (("sft", reference), ("ppo", sampler)):
+            responses, response_lengths = rollout(
+                model, prompts, prompt_mask, uniforms, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id
+            )
+            sequences, lengths = roll_left(prompts, responses, prompt_lengths), prompt_lengths + response_lengths
+            answer_scores = reward_fn(reward_model, tokenizer, sequences, prompt_lengths, lengths).tolist()
+            for i in range(len(chunk)):
+                text = tokenizer.decode(responses[i, : response_lengths[i]], skip_special_tokens=True).strip()
+                results[start + i].update({name: text, f"{name}_score": answer_scores[i]})
+    with open(output_dir / "eval.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in results)
+    for row in results[:4]:
+        print(f"\n{row['prompt']}\n  SFT ({row['sft_score']:+.2f}) {row['sft']}\n  PPO ({row['ppo_score']:+.2f}) {row['ppo']}")
+    wins = sum((row["ppo_score"] > row["sft_score"]) + 0.5 * (row["ppo_score"] == row["sft_score"]) for row in results)
+    print(f"\nThe reward model prefers PPO to SFT on {wins / len(results):.0%} of {len(results)} held-out prompts; "
+          f"PPO took {time.time() - start_time:.0f} s; saved to {output_dir}. Next: python data/judge.py {output_dir}/eval.jsonl")  # fmt: skip
+    if args.track:
+        wandb.finish()
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    main(tyro.cli(Args, description=__doc__))

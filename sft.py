@@ -1,0 +1,350 @@
+"""Stage 1 of RLHF: supervised fine-tuning (SFT).
+
+A base model knows language but does not answer. Here it learns from demonstrations, pairs of a prompt and
+the completion that a human wrote, by plain next-token prediction on the completion's tokens. What comes out
+answers, at the demonstrators' mixed quality: it is the policy's starting point and the KL anchor in stage 3.
+
+    python sft.py                                                     # the shipped task, from scratch, no download
+    python sft.py --model_name_or_path EleutherAI/pythia-410m --dataset_name my_demos/ --learning_rate 1e-5
+
+Reads   data/demonstrations/{train,test}.jsonl with the columns `prompt` and `completion` (or any Hub data set).
+Writes  runs/sft: model and tokenizer as `save_pretrained` does, metrics.jsonl, args.json.
+Next    python reward_model.py
+
+Sources: Ouyang et al. 2022 (InstructGPT), section 3.5; Stiennon et al. 2020, appendix B.1.
+"""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@dataclass
+class Args:
+    # ---- what goes in, what comes out ----
+    model_name_or_path: str = "scratch"
+    """base model: a Hub name, a local folder, or `scratch`: a small GPT-2 with a tokenizer of its own, both
+    made from the data set, so that the first run needs no download"""
+    dataset_name: str = "data/demonstrations"
+    """a Hub name or a local folder with train.jsonl and test.jsonl; columns `prompt` and `completion`"""
+    output_dir: str = "runs/sft"
+    """where model, tokenizer and metrics.jsonl go"""
+    prompt_template: str = "Prompt: {prompt}\nResponse:"
+    """what a string prompt is put into, the same in all three stages; a prompt that is a list of chat messages
+    goes through the tokenizer's own chat template instead"""
+    max_length: int = 512
+    """tokens of prompt and completion together; longer examples are left out, and counted"""
+
+    # ---- the model made by `scratch` ----
+    vocab_size: int = 1024
+    """tokens in its byte-level BPE vocabulary: small enough that the output layer stays cheap on a CPU"""
+    n_layer: int = 4
+    """transformer blocks; 4 of width 128 is about 1M parameters, seconds to minutes on two CPU cores"""
+    n_embd: int = 128
+    """width; heads are 32 wide"""
+
+    # ---- optimization ----
+    learning_rate: float = 2e-3
+    """peak of AdamW's learning rate; right for the small model from scratch. Fine-tuning a pre-trained model
+    wants 1e-5 to 5e-5"""
+    num_train_epochs: int = 8
+    """passes over the demonstrations; a pre-trained model needs 1 to 3"""
+    max_steps: int = 0
+    """optimizer steps; overrides num_train_epochs if positive"""
+    per_device_train_batch_size: int = 64
+    """examples in one forward and backward pass (the micro-batch)"""
+    gradient_accumulation_steps: int = 1
+    """micro-batches summed into one optimizer step; the loss is the mean over all their tokens"""
+    warmup_steps: int = 20
+    """steps of linear warm-up; then a cosine decay to zero"""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm if it is longer; one bad batch then cannot wreck the model"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: about a third more time for a fraction of the memory"""
+    seed: int = 1
+    """seeds the new weights, the order of the data, dropout, and the sampled completions"""
+
+    # ---- watching ----
+    logging_steps: int = 10
+    """optimizer steps between two lines in metrics.jsonl"""
+    eval_steps: int = 100
+    """optimizer steps between two evaluations: held-out loss and a few sampled completions"""
+    temperature: float = 0.7
+    """of those sampled completions; the later stages sample at 0.7 too"""
+    max_new_tokens: int = 64
+    """the longest of those sampled completions, in tokens"""
+    track: bool = False
+    """log to Weights & Biases too"""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Helpers. Those marked [shared] stand in the other scripts too, the same to the letter: each file stands alone.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def fail(message):  # [shared]
+    """Bad input ends here: one line that says what, where and how to mend it; exit status 2, no traceback."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_rows(name, split, columns):  # [shared]
+    """One split of a Hub data set, or of a local folder with `{split}.jsonl`, as a list of dicts.
+
+    Every row must have every one of `columns`, as a string that is not blank or a list of chat messages."""
+    try:
+        rows = datasets.load_dataset(name, split=split).to_list()
+    except Exception as error:  # the library has a dozen types for this; the file and the line are what helps
+        for path in sorted(Path(name).glob(f"{split}*.jsonl")):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+                try:
+                    json.loads(line)
+                except ValueError as malformed:
+                    fail(f"{path}:{number}: this line is not JSON ({malformed}); mend or remove it")
+        fail(f"--dataset_name {name}: no `{split}` split could be read ({str(error).splitlines()[0]}); give a folder "
+             f"with {split}.jsonl or the name of a data set on the Hub")  # fmt: skip
+    if not rows:
+        fail(f"--dataset_name {name}: its `{split}` split is empty")
+    for column in columns:
+        if column not in rows[0]:
+            fail(f"--dataset_name {name}: `{split}` has no column `{column}`, only {sorted(rows[0])}; rename one")
+        for number, row in enumerate(rows, 1):
+            value = row[column]
+            if not (value.strip() if isinstance(value, str) else isinstance(value, list) and value):
+                fail(f"{name}, {split} row {number}: `{column}` is {str(value)[:40]!r}; give it text or chat messages")
+    return rows
+
+
+def encode(tokenizer, template, prompt, completion=""):  # [shared]
+    """(prompt ids, completion ids that end with EOS): tokenized apart and joined as ids, in every stage alike.
+
+    Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
+    prompt that was tokenized alone, would never see those tokens again."""
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
+        completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
+    else:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+        completion = completion if isinstance(completion, str) else completion[-1]["content"]
+    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return prompt_ids, completion_ids
+
+
+def pad(rows, value, device):  # [shared]
+    """Right-pad lists of ids to the longest: [B, L]. Under causal attention nothing real can see what stands to
+    its right, so right-padded batches need no attention mask and default positions (0, 1, ...) are exact."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)  # [B, L]
+
+
+def epoch_batches(lengths, batch_size, seed):  # [shared]
+    """Lists of indices, shuffled, each of similar lengths so that little is padded, a function of `seed` only:
+    shuffle all, sort by length within pools of 16 batches, cut into batches, shuffle the batches."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    pools = [order[i : i + 16 * batch_size] for i in range(0, len(order), 16 * batch_size)]
+    pools = [sorted(pool, key=lengths.__getitem__) for pool in pools]
+    batches = [pool[i : i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
+    """Learning rate of optimizer step 1, 2, ..., total_steps as a fraction of its peak."""
+    if step <= warmup_steps:  # 1) linear warm-up
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * progress))  # 2) cosine decay, zero after the last step
+
+
+def model_from_scratch(args, texts):
+    """A small GPT-2 and a byte-level BPE tokenizer trained on `texts`: no download, any text can be encoded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes: no text is out of vocabulary
+    special = ["<pad>", "<eos>"]  # two tokens, not one: stock reward models find the last token by `id != pad`
+    trainer = trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=args.max_length, n_embd=args.n_embd, n_layer=args.n_layer,
+        n_head=max(args.n_embd // 32, 1), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's, as one fused kernel
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def completion_loss(model, examples, pad_id, device):
+    """Summed negative log-likelihood of the completions' tokens, EOS included.
+
+    examples: (prompt ids, completion ids) pairs. Nothing is learnt from the prompt's tokens: the user writes them.
+    """
+    ids = pad([prompt + completion for prompt, completion in examples], pad_id, device)  # [B, L]
+    starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)[:, None]  # [B, 1]
+    ends = torch.tensor([len(prompt) + len(completion) for prompt, completion in examples], device=device)[:, None]
+    positions = torch.arange(1, ids.shape[1], device=device)  # [L-1] of the token that is predicted
+    is_target = (positions >= starts) & (positions < ends)  # [B, L-1]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [B, L-1, d]
+    logits = model.get_output_embeddings()(hidden[is_target])  # [N, V]: the N completion tokens only, never [B, L, V]
+    return F.cross_entropy(logits.float(), ids[:, 1:][is_target], reduction="sum")
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, temperature, max_new_tokens, seed):  # [shared]
+    """Responses (lists of ids that end with EOS, or are cut at max_new_tokens) for lists of prompt ids: plain
+    temperature sampling, with nothing of what the model's own generation config says (top-k, penalties, ...)."""
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)  # [B, P]
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
+    with torch.random.fork_rng():  # looking at samples must not change the training that follows
+        torch.manual_seed(seed)
+        responses = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+    eos = tokenizer.eos_token_id
+    return [row[: row.index(eos) + 1] if eos in row else row for row in responses]
+
+
+def main(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    torch.manual_seed(args.seed)
+
+    # 1. Data and model
+    rows = {split: load_rows(args.dataset_name, split, ["prompt", "completion"]) for split in ("train", "test")}
+    if args.model_name_or_path == "scratch":
+        texts = [args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}" for r in rows["train"]]
+        model, tokenizer = model_from_scratch(args, texts)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            fail(f"--model_name_or_path {args.model_name_or_path}: no model could be loaded ({str(error).splitlines()[0]})")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
+    model.to(device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+    data = {}
+    for split, examples in rows.items():
+        encoded = [encode(tokenizer, args.prompt_template, row["prompt"], row["completion"]) for row in examples]
+        data[split] = [(prompt, answer) for prompt, answer in encoded if len(prompt) + len(answer) <= args.max_length]
+        if len(data[split]) < len(encoded):
+            print(f"{split}: left out {len(encoded) - len(data[split])} of {len(encoded)} examples, longer than --max_length")
+        if not data[split]:
+            fail(f"--max_length {args.max_length}: every example of `{split}` is longer; raise it")
+
+    # 2. Optimizer and schedule
+    lengths = [len(prompt) + len(completion) for prompt, completion in data["train"]]
+    batch_size = args.per_device_train_batch_size
+    batches_per_epoch = math.ceil(len(lengths) / batch_size)
+    total_steps = args.max_steps or math.ceil(args.num_train_epochs * batches_per_epoch / args.gradient_accumulation_steps)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True  # one kernel, not hundreds
+    )
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    metrics_file = open(output_dir / "metrics.jsonl", "w")
+    if args.track:
+        import wandb
+
+        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print(f"SFT: {num_parameters / 1e6:.2f}M parameters on {device}, {len(lengths)} demonstrations, {total_steps} steps")
+
+    # 3. Training
+    model.train()
+    start_time, tokens_seen, running_loss = time.time(), 0, []
+    batches = None
+    progress = tqdm(range(1, total_steps + 1), desc="sft", disable=None)  # no bar when there is no terminal
+    for step in progress:
+        lr = args.learning_rate * warmup_cosine(step, args.warmup_steps, total_steps)
+        optimizer.param_groups[0]["lr"] = lr
+
+        micro_batches = []
+        for k in range((step - 1) * args.gradient_accumulation_steps, step * args.gradient_accumulation_steps):
+            epoch, i = divmod(k, batches_per_epoch)
+            if i == 0 or batches is None:
+                batches = epoch_batches(lengths, batch_size, args.seed + epoch)
+            micro_batches.append([data["train"][j] for j in batches[i]])
+        # Divide by the tokens of the whole step, not of each micro-batch: a token then weighs the same wherever
+        # it falls, and gradient accumulation changes nothing but the memory.
+        num_tokens = sum(len(completion) for micro_batch in micro_batches for _, completion in micro_batch)
+        step_loss = 0.0
+        for micro_batch in micro_batches:
+            with autocast:
+                loss = completion_loss(model, micro_batch, tokenizer.pad_token_id, device) / num_tokens
+            loss.backward()
+            step_loss += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        running_loss.append(step_loss)
+        tokens_seen += num_tokens
+
+        # 4. Watching
+        metrics = {}
+        if step % args.logging_steps == 0 or step == total_steps:
+            metrics = {"step": step, "loss/train": torch.stack(running_loss).mean().item(), "lr": lr,
+                       "grad_norm": grad_norm.item(), "time": time.time() - start_time,
+                       "tokens_per_second": tokens_seen / (time.time() - start_time)}  # fmt: skip
+            running_loss = []
+        if step % args.eval_steps == 0 or step == total_steps:
+            model.eval()
+            with torch.no_grad(), autocast:
+                losses = [completion_loss(model, data["test"][i : i + batch_size], tokenizer.pad_token_id, device)
+                          for i in range(0, len(data["test"]), batch_size)]  # fmt: skip
+            test_tokens = sum(len(completion) for _, completion in data["test"])
+            metrics = {"step": step, **metrics, "loss/test": torch.stack(losses).sum().item() / test_tokens}
+            shown = data["test"][:: math.ceil(len(data["test"]) / 3)]
+            tqdm.write(f"step {step}: held-out loss {metrics['loss/test']:.3f} nats a token")
+            prompts = [prompt for prompt, _ in shown]
+            responses = sample(model, tokenizer, prompts, args.temperature, args.max_new_tokens, args.seed)
+            for prompt, response in zip(prompts, responses):
+                tqdm.write(f"    {tokenizer.decode(prompt)!r} ->{tokenizer.decode(response)}")
+            model.train()
+        if metrics:
+            metrics_file.write(json.dumps(metrics) + "\n")
+            metrics_file.flush()
+            progress.set_postfix(loss=f"{metrics.get('loss/train', metrics.get('loss/test')):.3f}")
+            if args.track:
+                wandb.log(metrics, step=step)
+
+    # 5. What the next stage loads, and any other library too
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    metrics_file.close()
+    if args.track:
+        wandb.finish()
+    print(f"SFT took {time.time() - start_time:.0f} s; saved to {output_dir}. Next: python reward_model.py")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    main(tyro.cli(Args, description=__doc__))
