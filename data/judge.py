@@ -17,19 +17,19 @@ from bisect import bisect_left
 
 from world import CONNECTIVES, SENTENCES, TOPICS, split_prompts
 
-# What one of each is worth. Every weight is a multiple of 1/8, so scores are exact and ties are ties.
+# What one of each is worth. Every weight is a multiple of 1/2, so scores are exact and ties are ties.
 WEIGHTS = {
-    "steps": 0.625,  # a step of the topic, in its place among the others
-    "opening": 0.75,  # a courtesy as the first sentence
-    "closing": 0.75,  # a courtesy as the last sentence
+    "steps": 0.5,  # a step of the topic, in its place among the others
+    "opening": 1.0,  # a courtesy as the first sentence
+    "closing": 1.0,  # a courtesy as the last sentence
     "rude": -1.0,
     "filler": -0.5,  # rambling
-    "vague": -0.25,  # says that it depends
-    "foreign": -0.75,  # a step of another topic
+    "vague": -0.5,  # says that it depends
+    "foreign": -1.0,  # a step of another topic
     "garbled": -1.0,  # not a sentence of this world, or one that breaks off
-    "repeated": -0.5,  # said before in this answer; comes on top of what the sentence itself costs
-    "misplaced": -0.5,  # a courtesy anywhere else, a second one therefore too
-    "disordered": -0.25,  # a step of the topic, but before or after its place
+    "repeated": -1.0,  # said before in this answer; comes on top of what the sentence itself costs
+    "misplaced": -1.0,  # a courtesy anywhere else, a second one therefore too
+    "disordered": -0.5,  # a step of the topic, but before or after its place
 }
 BEST = 4.0  # a courtesy, the four steps in order, a courtesy
 

@@ -19,9 +19,9 @@ from world import BETWEEN, FIRST, LAST, SENTENCES, TOPICS, split_prompts
 
 SEED = 1
 
-# Rows for each of the 432 train and 144 test prompts. Together the files stay under 4 MB.
-DEMONSTRATIONS_PER_PROMPT = {"train": 7, "test": 2}
-PAIRS_PER_PROMPT = {"train": 21, "test": 4}
+# Rows for each of the 360 train and 120 test prompts. Together the files stay under 4 MB.
+DEMONSTRATIONS_PER_PROMPT = {"train": 8, "test": 2}
+PAIRS_PER_PROMPT = {"train": 27, "test": 5}
 
 
 class Style(NamedTuple):
@@ -31,15 +31,16 @@ class Style(NamedTuple):
     closing: dict  # what kind of sentence closes it
     steps: dict  # how many of the four steps are kept; with 0, a vague sentence stands for them
     fillers: dict  # how many rambling sentences are strewn in
-    disorder: float = 0.06  # two of the steps change places
+    disorder: float = 0.04  # two of the steps change places
+    repeats: float = 0.0  # a step is said twice
     off_topic: float = 0.02  # the steps are those of another topic: rare, as it is by far the hardest to learn
 
 
 # The demonstrations, and the answers of a model that imitates them: half of those in the pairs.
 HUMAN = Style(
-    opening={"opening": 0.18, "rude": 0.10, None: 0.72},
-    closing={"closing": 0.18, "rude": 0.07, None: 0.75},
-    steps={4: 0.16, 3: 0.26, 2: 0.32, 1: 0.16, 0: 0.10},
+    opening={"opening": 0.32, "rude": 0.16, None: 0.52},
+    closing={"closing": 0.32, "rude": 0.10, None: 0.58},
+    steps={4: 0.20, 3: 0.26, 2: 0.28, 1: 0.16, 0: 0.10},
     fillers={0: 0.36, 1: 0.40, 2: 0.24},
 )
 # The other half: what the policy will be like when it has learned something. A reward model that
@@ -53,13 +54,13 @@ BETTER = Style(
 
 # An answer in a pair has an error of a sampled model with this probability. A reward model that has
 # seen only clean answers rewards garbled ones, and PPO finds them.
-ERROR = 0.30
+ERROR = 0.15
 # This share of the pairs are an answer and the same with one thing changed: an error or an edit.
 # They say what the difference is worth, where two independent answers differ in everything.
-CLOSE_PAIRS = 0.35
-CLOSE_PAIR_BY_ERROR = 0.5
+CLOSE_PAIRS = 0.5
+CLOSE_PAIR_BY_ERROR = 0.3
 # Sharpness of the labels: P(a preferred to b) = sigmoid(SHARPNESS * (gold(a) - gold(b))).
-SHARPNESS = 1.6
+SHARPNESS = 2.0
 
 STEP_WORDS = sorted({word for steps in TOPICS.values() for step in steps for word in step.split(" ")})
 
@@ -116,6 +117,8 @@ def compose(dice, topic, style):
     if len(kept) > 1 and dice.chance(style.disorder):
         i, j = dice.shuffled(range(len(kept)))[:2]
         kept[i], kept[j] = kept[j], kept[i]
+    if kept and dice.chance(style.repeats):
+        kept = insert(kept, 1 + kept.index(twice := dice.pick(kept)), twice)
     answer = [("step", TOPICS[topic][k]) for k in kept] or [say(dice, "vague")]
     opening, closing = dice.pick_weighted(style.opening), dice.pick_weighted(style.closing)
     if opening:
@@ -212,13 +215,13 @@ def stuff_courtesy(dice, topic, answer):
 
 
 ERRORS = {  # how often each is made, if one is
-    garble: 0.28,
-    splice: 0.20,
-    foreign_step: 0.14,
-    repeat: 0.12,
-    cut_short: 0.10,
-    off_topic: 0.08,
-    stuff_courtesy: 0.08,
+    splice: 0.34,
+    foreign_step: 0.26,
+    garble: 0.16,
+    cut_short: 0.08,
+    repeat: 0.07,
+    off_topic: 0.06,
+    stuff_courtesy: 0.03,
 }
 
 

@@ -1,0 +1,134 @@
+"""Everything that the tests share: where the scripts are, tiny models of five families, tiny tokenizers, small files.
+
+The models have random weights of a size that makes their predictions depend strongly on every token and on every
+position, so that a shifted position id or a token seen through a mask changes log-probs in the first digit.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# Before torch and datasets are imported: CPU only, offline, one thread (tiny models are slower with more), and no
+# trace of the tests in the user's own cache.
+HOME = tempfile.mkdtemp(prefix="rlhf-tests-")
+os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HOME=HOME,
+                  HF_DATASETS_CACHE=f"{HOME}/datasets", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
+                  PYTHONDONTWRITEBYTECODE="1")  # fmt: skip
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPTS = Path(os.environ.get("RLHF_SCRIPTS", REPOSITORY))  # mutations.py tests copies that stand elsewhere
+sys.path.insert(0, str(SCRIPTS))
+sys.dont_write_bytecode = True
+
+import datasets  # noqa: E402
+import pytest  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+datasets.disable_progress_bars()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+PAD, EOS = 0, 1  # of the tiny tokenizer; with pad == eos, both are EOS
+FAMILIES = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"]  # absolute positions, then four kinds of RoPE
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def tiny_config(family, vocab_size=258, positions=96, dropout=0.0, initializer_range=0.25, **other):
+    """2 layers, 32 wide; grouped-query attention where the family has it."""
+    other.update(bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, initializer_range=initializer_range)
+    rope = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=positions, attention_dropout=dropout, **other)  # fmt: skip
+    grouped = dict(rope, num_key_value_heads=2)
+    if family == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=vocab_size, n_positions=positions, n_embd=32, n_layer=2, n_head=4,
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, **other)  # fmt: skip
+    if family == "gpt_neox":
+        return transformers.GPTNeoXConfig(**rope, hidden_dropout=dropout)
+    if family == "llama":
+        return transformers.LlamaConfig(**grouped)
+    if family == "qwen2":
+        return transformers.Qwen2Config(**grouped)
+    if family == "qwen3":
+        return transformers.Qwen3Config(**grouped, head_dim=8)
+    raise ValueError(family)
+
+
+def tiny_model(family, seed=0, **config):
+    """A causal language model with random weights, biases and norms included (fresh ones would be 0 and 1)."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **config)).eval()
+    return jitter(model)
+
+
+def tiny_reward_model(family, seed=1, **config):
+    torch.manual_seed(seed)
+    config = tiny_config(family, num_labels=1, **config)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    return jitter(model)
+
+
+def jitter(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_tokenizer(pad_is_eos=False, chat=False):
+    """Byte-level, without merges: 256 bytes, <pad> and <eos>. Any text can be written, one id a byte."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens(["<pad>", "<eos>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>" if pad_is_eos else "<pad>"
+    )
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant] {% endif %}"
+        )
+    return tokenizer
+
+
+def save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def plain_logits(model, ids):
+    """The yardstick of most tests: one row, no padding, no mask, no cache, the model's own forward -> [len(ids), V]."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]

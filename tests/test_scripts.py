@@ -1,0 +1,480 @@
+"""The scripts as a user meets them: one file each, three commands, run folders, data formats, and what bad input says."""
+
+import ast
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+import tyro
+from conftest import (REPOSITORY, SCRIPTS, read_jsonl, save, tiny_config, tiny_model, tiny_reward_model,
+                      tiny_tokenizer, write_jsonl)  # fmt: skip
+
+import ppo_rlhf
+import reward_model
+import sft
+
+STAGES = {"sft": sft, "reward_model": reward_model, "ppo_rlhf": ppo_rlhf}
+DEFECT = pytest.mark.xfail(strict=True, reason="ends in a traceback, or silently in nonsense")
+SOURCES = {name: (SCRIPTS / f"{name}.py").read_text(encoding="utf-8") for name in STAGES}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files that stand alone
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def functions(source):
+    """{name: source text with decorators} of the top-level functions."""
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def test_shared_helpers_are_the_same_to_the_letter():
+    """The price of files that stand alone is that some helpers are written twice. Catches a fix that reached only one
+    of the copies, a copy that lost its mark, and a mark on something that is not shared."""
+    copies = {}
+    for script, source in SOURCES.items():
+        for name, text in functions(source).items():
+            copies.setdefault(name, {})[script] = text
+    shared = {name for name, texts in copies.items() if any("# [shared]" in t for t in texts.values())}
+    assert len(shared) >= 5
+    for name, texts in copies.items():
+        if name in shared:
+            assert len(texts) >= 2, f"{name} is marked as shared but stands in one script only"
+            assert len(set(texts.values())) == 1, f"the copies of {name} in {sorted(texts)} differ"
+        elif name != "main":
+            assert len(texts) == 1, f"{name} stands in {sorted(texts)}: mark it as shared"
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_no_script_imports_another(script):
+    """Each file can be copied into a fork on its own. Catches an import of a sibling or of a local package."""
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCES[script])):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    local = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "tests", "benchmark", "judge", "world"}
+    assert not imported & local
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_every_flag_is_explained_and_has_an_effect(script):
+    """Each field of Args has a docstring under it and is read somewhere. Catches flags without effect, the commonest
+    lie of training scripts."""
+    tree = ast.parse(SOURCES[script])
+    (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = []
+    for node, following in zip(args.body, [*args.body[1:], None]):
+        if isinstance(node, ast.AnnAssign):
+            fields.append(node.target.id)
+            explained = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert explained and len(following.value.value) > 10, f"{node.target.id} has no docstring"
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    assert len(fields) > 15
+    assert set(fields) <= read, f"no effect: {set(fields) - read}"
+    assert read <= set(fields), f"read but not declared: {read - set(fields)}"
+
+
+def test_flags_that_stages_share_have_one_meaning():
+    """The stages must agree on what a prompt looks like, on the temperature and on the longest answer, or the reward
+    model is normalized on one policy and used on another."""
+    for name in ("prompt_template", "temperature", "max_new_tokens"):
+        assert len({getattr(stage.Args, name) for stage in STAGES.values()}) == 1, name
+    assert sft.Args.output_dir == reward_model.Args.model_name_or_path == ppo_rlhf.Args.sft_model_path
+    assert reward_model.Args.output_dir == ppo_rlhf.Args.reward_model_path
+    for stage in STAGES.values():
+        assert (REPOSITORY / stage.Args.dataset_name / "train.jsonl").exists()
+
+
+def test_both_spellings_of_a_flag():
+    """--missing-eos-penalty and --missing_eos_penalty, a float given as an int, a switch."""
+    for flag in ("--missing-eos-penalty", "--missing_eos_penalty"):
+        args = tyro.cli(ppo_rlhf.Args, args=[flag, "2", "--beta", "0", "--gradient-checkpointing"])
+        assert args.missing_eos_penalty == 2.0 and args.beta == 0.0 and args.gradient_checkpointing
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# End to end
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def command(folder, *arguments):
+    """As a user runs it, in a folder of its own."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
+                          encoding="utf-8", env=dict(os.environ, HF_DATASETS_OFFLINE="1", COLUMNS="200"))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The three commands, one after the other, on a few rows of the shipped task -> their folder."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for name in ("demonstrations", "preferences", "prompts"):
+        for split, count in (("train", 64), ("test", 12)):
+            write_jsonl(folder / "data" / name / f"{split}.jsonl", read_jsonl(REPOSITORY / "data" / name / f"{split}.jsonl")[:count])
+    commands = [
+        "sft.py --max_steps 6 --n_layer 1 --n_embd 32 --vocab_size 320 --warmup-steps 2 --logging_steps 2 --eval_steps 4",
+        "reward_model.py --max_steps 4 --normalization_samples 24 --max_new_tokens 12 --eval_steps 2 --logging_steps 1",
+        "ppo_rlhf.py --beta 0.1 --total_episodes 48 --batch-size 16 --per_device_train_batch_size 8 --max_new_tokens 12"
+        " --eval_steps 2 --num_ppo_epochs 2",
+    ]
+    outputs = []
+    for line in commands:
+        script, *flags = line.split()
+        done = command(folder, SCRIPTS / script, *flags)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        outputs.append(done.stdout)
+    return folder, outputs
+
+
+def test_each_stage_says_what_comes_next(pipeline):
+    """The last line of each stage names the next command. Catches a pointer to a command that is not there."""
+    _, (one, two, three) = pipeline
+    assert "Next: python reward_model.py" in one and "Next: python ppo_rlhf.py" in two
+    assert "Next: python data/judge.py runs/ppo/eval.jsonl" in three
+
+
+def test_run_folders_hold_what_they_promise(pipeline):
+    """The contract with everything that comes after: models, tokenizers, arguments, metrics, samples, evaluation."""
+    folder, _ = pipeline
+    for run in ("sft", "reward_model", "ppo"):
+        files = {path.name for path in (folder / "runs" / run).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "args.json"} <= files
+        assert json.loads((folder / "runs" / run / "args.json").read_text())["seed"] == 1
+        metrics = read_jsonl(folder / "runs" / run / "metrics.jsonl")
+        assert metrics and all(math.isfinite(value) for line in metrics for value in line.values())
+    assert {"value_head.safetensors", "samples.jsonl", "eval.jsonl"} <= {p.name for p in (folder / "runs" / "ppo").iterdir()}
+    assert [m["step"] for m in read_jsonl(folder / "runs/sft/metrics.jsonl")] == [2, 4, 6]
+    assert [m["update"] for m in read_jsonl(folder / "runs/ppo/metrics.jsonl")] == [1, 2, 3]
+    samples = read_jsonl(folder / "runs/ppo/samples.jsonl")
+    assert {s["update"] for s in samples} == {1, 2, 3} and {"prompt", "response", "score", "kl"} <= set(samples[0])
+    evaluated = read_jsonl(folder / "runs/ppo/eval.jsonl")
+    assert [row["prompt"] for row in evaluated] == [row["prompt"] for row in read_jsonl(folder / "data/prompts/test.jsonl")]
+    for row in evaluated:
+        assert list(row) == ["prompt", "sft", "sft_score", "ppo", "ppo_score"]
+        assert math.isfinite(row["sft_score"]) and math.isfinite(row["ppo_score"]) and "<eos>" not in row["ppo"]
+
+
+def test_judge_reads_the_evaluation(pipeline):
+    """The command that the last stage names works on what it wrote."""
+    folder, _ = pipeline
+    done = command(folder, REPOSITORY / "data" / "judge.py", "runs/ppo/eval.jsonl")
+    assert done.returncode == 0 and "win rate" in done.stdout, done.stderr
+
+
+def test_checkpoints_load_in_stock_transformers(pipeline):
+    """SFT model and policy as AutoModelForCausalLM, without missing or unexpected weights, and `generate` works; the
+    policy differs from where it started. Catches wrappers, prefixes and heads that only these scripts can load."""
+    folder, _ = pipeline
+    prompt = "Prompt: Hi\nResponse:"
+    weights = []
+    for run in ("sft", "ppo"):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder / "runs" / run, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "runs" / run)
+        assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
+        out = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=4, do_sample=False)
+        assert tokenizer.decode(out[0]).startswith(prompt)
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert not torch.equal(*weights)
+
+
+def test_reward_model_ranks_identically_in_the_stock_class(pipeline):
+    """AutoModelForSequenceClassification.from_pretrained gives the raw scores of what stage 3 normalizes: the same
+    order, the same differences up to one factor. Catches a normalization hidden in code that stock classes lack."""
+    folder, _ = pipeline
+    path = str(folder / "runs" / "reward_model")
+    stock, info = transformers.AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and stock.config.num_labels == 1
+    ours, tokenizer = ppo_rlhf.load_model(transformers.AutoModelForSequenceClassification, path, "--reward_model_path")
+    rows = [sum(ppo_rlhf.encode(tokenizer, ppo_rlhf.Args.prompt_template, r["prompt"], r["chosen"]), [])
+            for r in read_jsonl(folder / "data/preferences/test.jsonl")]  # fmt: skip
+    with torch.no_grad():
+        raw = torch.stack([stock.eval()(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (int(lengths.max()) - len(row)) for row in rows])
+    scores = ppo_rlhf.reward_fn(ours.eval(), tokenizer, ids, lengths, lengths)
+    assert scores.argsort().tolist() == raw.argsort().tolist()
+    expected = (raw - stock.config.reward_mean) / stock.config.reward_std
+    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_value_head_loads(pipeline):
+    """The critic is not thrown away: a linear layer on the policy's hidden state, trained."""
+    from safetensors.torch import load_file
+
+    folder, _ = pipeline
+    head = torch.nn.Linear(32, 1)
+    head.load_state_dict(load_file(folder / "runs" / "ppo" / "value_head.safetensors"))
+    assert head.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "script, missing, remedy",
+    [("ppo_rlhf.py", "runs/sft", "python sft.py"), ("reward_model.py", "runs/sft", "python sft.py")],
+)
+def test_a_stage_before_its_time_names_the_missing_command(script, missing, remedy, tmp_path):
+    """On an empty folder: what is missing, the command that makes it, status 2, no traceback."""
+    done = command(tmp_path, SCRIPTS / script)
+    assert done.returncode == 2
+    assert missing in done.stderr and f"`{remedy}`" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data formats and bad input, in this process: faster, and the same main()
+# ---------------------------------------------------------------------------------------------------------------
+
+PROMPTS = ["Hi", "How are you?", "Tell me", "What now", "Go on", "Why"]
+MESSAGES = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": p}] for p in PROMPTS]
+GOOD, BAD = [{"role": "assistant", "content": "good"}], [{"role": "assistant", "content": "bad"}]
+
+
+def dialogues(side):
+    return [f"\n\nHuman: {p}\n\nAssistant: Well?\n\nHuman: So?\n\nAssistant: {side}" for p in PROMPTS]
+
+
+def arguments(stage, folder, **overrides):
+    """Small settings for a stage; data of every kind stands in `folder`."""
+    small = {
+        sft: dict(model_name_or_path=folder / "base", dataset_name=folder / "demos", max_steps=1, max_new_tokens=4),
+        reward_model: dict(model_name_or_path=folder / "base", dataset_name=folder / "pairs", max_steps=1, max_new_tokens=4,
+                           normalization_samples=8),
+        ppo_rlhf: dict(sft_model_path=folder / "base", reward_model_path=folder / "rm", dataset_name=folder / "prompts",
+                       total_episodes=8, batch_size=4, max_new_tokens=4, num_mini_batches=2, num_ppo_epochs=1),
+    }[stage]  # fmt: skip
+    small["output_dir"] = folder / "out" / stage.__name__
+    return {key: str(value) if hasattr(value, "parts") else value for key, value in {**small, **overrides}.items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = tiny_tokenizer(chat=True)
+    save(tiny_model("gpt2"), tokenizer, tmp_path / "base")
+    save(tiny_reward_model("gpt2"), tokenizer, tmp_path / "rm")
+
+    def write(name, rows):
+        write_jsonl(tmp_path / name / "train.jsonl", rows[:4])
+        write_jsonl(tmp_path / name / "test.jsonl", rows[4:])
+
+    write("demos", [{"prompt": p, "completion": "fine"} for p in PROMPTS])
+    write("pairs", [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in PROMPTS])
+    write("prompts", [{"prompt": p} for p in PROMPTS])
+    write("chat demos", [{"prompt": m, "completion": GOOD} for m in MESSAGES])
+    write("chat pairs", [{"prompt": m, "chosen": GOOD, "rejected": BAD} for m in MESSAGES])
+    write("chat dialogues", [{"chosen": m + GOOD, "rejected": m + BAD} for m in MESSAGES])
+    write("dialogues", [{"chosen": a, "rejected": b} for a, b in zip(dialogues("good"), dialogues("bad"))])
+    write("chat prompts", [{"prompt": m, "other": 1} for m in MESSAGES])
+    return tmp_path
+
+
+@pytest.mark.parametrize("stage, name", [(sft, "chat demos"), (reward_model, "chat pairs"), (ppo_rlhf, "chat prompts")])
+def test_chat_messages_go_through_the_chat_template(stage, name, folder, monkeypatch):
+    """Prompts as lists of messages, in every stage: what is trained and sampled is the tokenizer's chat template with
+    the assistant's turn opened, and not --prompt_template."""
+    seen = []
+    real = stage.encode
+    monkeypatch.setattr(stage, "encode", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+    stage.main(stage.Args(**arguments(stage, folder, dataset_name=folder / name)))
+    texts = {tiny_tokenizer().decode(prompt) for prompt, _ in seen}
+    assert texts == {f"[system] Be brief.\n[user] {p}\n[assistant] " for p in PROMPTS}
+    if stage is ppo_rlhf:
+        rows = read_jsonl(folder / "out" / "ppo_rlhf" / "eval.jsonl")
+        assert [row["prompt"] for row in rows] == MESSAGES[4:]
+
+
+@pytest.mark.parametrize("name", ["dialogues", "chat dialogues"])
+def test_preferences_without_a_prompt_column(name, folder, monkeypatch):
+    """Whole dialogues, as text (hh-rlhf) or as messages: both sides hold the whole dialogue and end with their own
+    last reply and EOS."""
+    seen = []
+    real = reward_model.score_pairs
+    monkeypatch.setattr(reward_model, "score_pairs", lambda model, pairs, *a: seen.extend(pairs) or real(model, pairs, *a))
+    reward_model.main(reward_model.Args(**arguments(reward_model, folder, dataset_name=folder / name)))
+    tokenizer = tiny_tokenizer()
+    texts = {(tokenizer.decode(chosen), tokenizer.decode(rejected)) for chosen, rejected in seen}
+    if name == "dialogues":
+        expected = {(a + "<eos>", b + "<eos>") for a, b in zip(dialogues("good"), dialogues("bad"))}
+    else:
+        turns = [f"[system] Be brief.\n[user] {p}\n[assistant] " for p in PROMPTS]
+        expected = {(t + "good<eos>", t + "bad<eos>") for t in turns}
+    assert texts == expected
+
+
+@pytest.mark.parametrize("stage, flag", [(sft, "max_length"), (reward_model, "max_length"), (ppo_rlhf, "max_prompt_length")])
+def test_long_examples_are_left_out_and_counted(stage, flag, folder, capsys):
+    """What does not fit is never cut in the middle, and a run says how much it did not use."""
+    template = {} if stage is not sft else {"prompt_template": "{prompt}"}
+    longest = {sft: 13, reward_model: 34, ppo_rlhf: 29}[stage]
+    stage.main(stage.Args(**arguments(stage, folder, **{flag: longest}, **template)))
+    assert "left out" in capsys.readouterr().out
+
+
+def refused(stage, capsys, *complaints, **args):
+    """main() ends with status 2 and one line on stderr that names the trouble."""
+    with pytest.raises(SystemExit) as exit:
+        stage.main(stage.Args(**args))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert len(error.strip().splitlines()) == 1
+    for complaint in complaints:
+        assert complaint in error
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize(
+    "train, test, complaints",
+    [
+        (None, None, ["--dataset_name", "train.jsonl"]),
+        ('{"prompt": "a"}\n', None, ["`test`", "test.jsonl"]),
+        ('{"text": "a"}\n', '{"text": "a"}\n', ["no column", "['text']"]),
+        ('{"prompt": "a"}\n{"prompt": \n', "", ["train.jsonl:2", "not JSON"]),
+        pytest.param("", '{"prompt": "a"}\n', ["train"], id="empty file", marks=DEFECT),
+        ("BLANK", "BLANK", ["train row 2", "'  '"]),
+        ("NULL", "NULL", ["train row 2", "None"]),
+    ],
+)
+def test_bad_data_is_named(stage, train, test, complaints, folder, capsys):
+    """A missing folder, split or column, a malformed line, an empty file, a blank or missing text: which, where, and
+    no traceback. Catches a run that trains on blanks and an error from deep inside a library."""
+    columns = {sft: ("prompt", "completion"), reward_model: ("chosen", "rejected"), ppo_rlhf: ("prompt",)}[stage]
+    row = dict.fromkeys(columns, "a")
+    special = {"BLANK": "  ", "NULL": None}
+    path = folder / "bad"
+    for split, text in (("train", train), ("test", test)):
+        if text in special:
+            write_jsonl(path / f"{split}.jsonl", [row, {**row, columns[-1]: special[text]}])
+        elif text is not None:
+            path.mkdir(exist_ok=True)
+            (path / f"{split}.jsonl").write_text(text.replace('{"prompt": "a"}', json.dumps(row)))
+    refused(stage, capsys, *complaints, **arguments(stage, folder, dataset_name=path))
+
+
+@pytest.mark.parametrize(
+    "overrides, complaints",
+    [
+        (dict(batch_size=6, num_mini_batches=4), ["--batch_size 6", "--num_mini_batches 4"]),
+        (dict(total_episodes=3), ["--total_episodes 3"]),
+        (dict(temperature=0.0), ["--temperature"]),
+        (dict(max_prompt_length=3), ["--max_prompt_length 3"]),
+        (dict(max_new_tokens=90), ["--max_new_tokens 90", "context of 96"]),
+        (dict(sft_model_path="nowhere"), ["--sft_model_path nowhere"]),
+        (dict(reward_model_path="nowhere"), ["--reward_model_path nowhere"]),
+    ],
+)
+def test_bad_settings_of_ppo_are_named(overrides, complaints, folder, capsys):
+    """Settings that cannot work are refused before anything is trained or written."""
+    refused(ppo_rlhf, capsys, *complaints, **arguments(ppo_rlhf, folder, **overrides))
+    assert not (folder / "out").exists()
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(folder, capsys):
+    """It would read other words than were written. Catches scores of garbage that look like scores."""
+    other = tiny_tokenizer()
+    other.add_tokens(["hello"])
+    path = save(tiny_reward_model("gpt2", vocab_size=259), other, folder / "other")
+    refused(ppo_rlhf, capsys, "another tokenizer", path, **arguments(ppo_rlhf, folder, reward_model_path=path))
+
+
+def test_a_foreign_reward_model_is_used_raw(folder, capsys):
+    """A reward model made elsewhere has no mean and deviation in its config: it works, and the run says so."""
+    ppo_rlhf.main(ppo_rlhf.Args(**arguments(ppo_rlhf, folder)))
+    assert "raw scores" in capsys.readouterr().out
+
+
+def test_tokenizer_without_pad(folder):
+    """GPT-2's and Llama's tokenizers ship no pad token. All three stages run, and the saved policy ends its answers."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    for name in ("base", "rm"):
+        tokenizer.save_pretrained(folder / name)
+    assert transformers.AutoTokenizer.from_pretrained(folder / "base").pad_token_id is None
+    sft.main(sft.Args(**arguments(sft, folder)))
+    reward_model.main(reward_model.Args(**arguments(reward_model, folder, model_name_or_path=folder / "out" / "sft")))
+    ppo_rlhf.main(ppo_rlhf.Args(**arguments(ppo_rlhf, folder, sft_model_path=folder / "out" / "sft",
+                                            reward_model_path=folder / "out" / "reward_model")))  # fmt: skip
+    metrics = read_jsonl(folder / "out" / "ppo_rlhf" / "metrics.jsonl")
+    assert metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_same_seed_same_run(folder):
+    """Two runs of PPO with one seed are equal to the last bit, another seed is not. Catches randomness that no seed
+    reaches."""
+    results = []
+    for i, seed in enumerate((1, 1, 2)):
+        out = folder / str(i)
+        ppo_rlhf.main(ppo_rlhf.Args(**arguments(ppo_rlhf, folder, output_dir=out, seed=seed)))
+        results.append((out / "model.safetensors").read_bytes())
+    assert results[0] == results[1] != results[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# More ways to go wrong
+# ---------------------------------------------------------------------------------------------------------------
+
+@DEFECT
+@pytest.mark.parametrize("kind", ["causal language model", "two labels", "untrained head"])
+def test_what_is_not_a_reward_model_is_refused(kind, folder, capsys):
+    """--reward_model_path with a language model (whose missing head from_pretrained fills with random numbers), or
+    with a classifier of two labels. Catches a policy trained against a random head."""
+    path = str(folder / "wrong")
+    tokenizer = tiny_tokenizer(chat=True)
+    if kind == "two labels":
+        model = transformers.AutoModelForSequenceClassification.from_config(tiny_config("gpt2", num_labels=2))
+    else:
+        model = tiny_model("gpt2", **({"num_labels": 1} if kind == "untrained head" else {}))
+    save(model, tokenizer, path)
+    refused(ppo_rlhf, capsys, "--reward_model_path", path, **arguments(ppo_rlhf, folder, reward_model_path=path))
+
+
+@DEFECT
+def test_chat_messages_without_a_chat_template_are_refused(folder, capsys):
+    """A base model's tokenizer has none: say so, and what to do."""
+    for name in ("base", "rm"):
+        (folder / name / "chat_template.jinja").unlink(missing_ok=True)
+        tiny_tokenizer().save_pretrained(folder / name)
+    refused(ppo_rlhf, capsys, "chat template", **arguments(ppo_rlhf, folder, dataset_name=folder / "chat prompts"))
+
+
+@DEFECT
+@pytest.mark.parametrize("flag", ["per_device_train_batch_size", "num_mini_batches", "batch_size", "max_new_tokens",
+                                  "num_ppo_epochs", "logging_steps", "eval_steps"])  # fmt: skip
+def test_zeros_are_refused(flag, folder, capsys):
+    """Counts that must be at least 1: named, instead of a ZeroDivisionError after the models were loaded."""
+    refused(ppo_rlhf, capsys, f"--{flag}", **arguments(ppo_rlhf, folder, **{flag: 0}))
+
+
+@DEFECT
+def test_sampling_near_the_end_of_the_context(folder):
+    """sft.py --max_length 40 builds a model with 40 positions, and its sample completions go beyond: the run must not
+    end with an IndexError at its first evaluation."""
+    sft.main(sft.Args(**arguments(sft, folder, model_name_or_path="scratch", max_length=40, max_new_tokens=64,
+                                  n_layer=1, n_embd=32, vocab_size=300)))  # fmt: skip
+
+
+@DEFECT
+def test_preferences_whose_test_prompts_are_all_in_train(folder):
+    """A small set whose test split asks the same prompts: the normalization must still find prompts to sample from,
+    instead of failing after the training is done."""
+    rows = [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in PROMPTS]
+    for split in ("train", "test"):
+        write_jsonl(folder / "same" / f"{split}.jsonl", rows)
+    reward_model.main(reward_model.Args(**arguments(reward_model, folder, dataset_name=folder / "same")))
