@@ -278,29 +278,34 @@ def response_states(model, ids, prompt_lengths, T):
 
     The output layer is then applied to these alone. Logits of whole sequences, [b, L, V], would be by far the
     largest tensor of the run (16 GB for 16 x 565 tokens and a vocabulary of 152k)."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, d]
+    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # [b, L-1, d]: the last predicts none
     slots = prompt_lengths[:, None] - 1 + torch.arange(T, device=ids.device)  # [b, T]: the position before each token
-    slots = slots.clamp(max=ids.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])  # [b, T, d]
+    slots = slots.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])  # [b, T, d]
     return hidden.gather(1, slots)
 
 
-def micro_batches(rows, lengths, response_lengths, size):
-    """Split row numbers into micro-batches of similar length -> [(rows, longest sequence L, longest response t)].
+def micro_batches(rows, lengths, response_lengths, size, device):
+    """Split row numbers into micro-batches of similar length -> [(rows [b], longest sequence L, longest response t)].
 
     Cut to L and t, a micro-batch has few pads; the order of rows within a minibatch means nothing to its gradient."""
     rows = sorted(rows, key=lambda row: lengths[row])
     chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [(chunk, max(lengths[i] for i in chunk), max(response_lengths[i] for i in chunk)) for chunk in chunks]
+    return [(torch.tensor(chunk, device=device), max(lengths[i] for i in chunk), max(response_lengths[i] for i in chunk))
+            for chunk in chunks]  # fmt: skip
 
 
-def score_sequences(reward_model, ids, lengths):  # [shared]
-    """The raw score of each sequence, [B], read at its last real token, from right-padded ids [B, L].
+def read_scores(reward_model, hidden, lengths):  # [shared]
+    """The raw score of each sequence, [B], from the hidden states [B, L, d] of right-padded ids, at the last real token.
 
     `lengths` [B] say where that is; looking for the first pad id instead (as the stock forward does) goes wrong
     as soon as pad == eos, since the EOS is then taken for padding and the score read one token early."""
-    hidden = reward_model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, d]
-    last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # [B, d]
+    last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # [B, d]
     return reward_model.score(last).squeeze(-1).float()  # [B]
+
+
+def score_sequences(reward_model, ids, lengths):  # [shared]
+    """The raw score of each sequence: right-padded ids [B, L], lengths [B] -> [B]."""
+    return read_scores(reward_model, reward_model.base_model(input_ids=ids, use_cache=False).last_hidden_state, lengths)
 
 
 @torch.no_grad()
@@ -319,7 +324,7 @@ def reward_fn(reward_model, tokenizer, sequences, prompt_lengths, lengths):
     return (score_sequences(reward_model, sequences, lengths) - config.reward_mean) / config.reward_std
 
 
-def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast):
+def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast, entropy_grad=False):
     """What policy and value head say of response tokens: log-probs, entropies, values, each [b, T], 0 on padding.
 
     ids [b, L], prompt_lengths [b], labels and mask [b, T]. One forward of one trunk serves both heads. The same
@@ -331,7 +336,8 @@ def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, 
     logits = logits.float() / temperature  # the distribution that was sampled is the one that is scored
     new_logprobs = logprobs(logits, labels)  # [b, T]
     new_values = value_head(hidden.float()).squeeze(-1)  # [b, T] outside autocast: bf16 has 3 digits, returns need more
-    return [x.masked_fill(mask == 0, 0.0) for x in (new_logprobs, entropies(logits), new_values)]
+    new_entropies = entropies(logits if entropy_grad else logits.detach())  # a backward pass over [b, T, V] only if asked for
+    return [x.masked_fill(mask == 0, 0.0) for x in (new_logprobs, new_entropies, new_values)]
 
 
 def left_pad(prompts, pad_id, device):
@@ -362,6 +368,15 @@ def fail(message):  # [shared]
     raise SystemExit(2)
 
 
+def check_flags(args, positive):  # [shared]
+    """Every number finite and not negative, those named in `positive` above zero, the template with its slot."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not (0 < value if name in positive else 0 <= value) or value == math.inf:
+            fail(f"--{name} {value}: must be a finite number {'above' if name in positive else 'of at least'} 0")
+    if "{prompt}" not in args.prompt_template:
+        fail(f"--prompt_template {args.prompt_template!r}: has no {{prompt}} in it")
+
+
 def load_rows(name, split, columns):  # [shared]
     """One split of a Hub data set, or of a local folder with `{split}.jsonl`, as a list of dicts.
 
@@ -369,13 +384,14 @@ def load_rows(name, split, columns):  # [shared]
     try:
         rows = datasets.load_dataset(name, split=split).to_list()
     except Exception as error:  # the library has a dozen types for this; the file and the line are what helps
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         for path in sorted(Path(name).glob(f"{split}*.jsonl")):
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
                     json.loads(line)
                 except ValueError as malformed:
                     fail(f"{path}:{number}: this line is not JSON ({malformed}); mend or remove it")
-        fail(f"--dataset_name {name}: no `{split}` split could be read ({str(error).splitlines()[0]}); give a folder "
+        fail(f"--dataset_name {name}: no `{split}` split could be read ({reason}); give a folder "
              f"with {split}.jsonl or the name of a data set on the Hub")  # fmt: skip
     if not rows:
         fail(f"--dataset_name {name}: its `{split}` split is empty")
@@ -394,13 +410,15 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
 
     Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
     prompt that was tokenized alone, would never see those tokens again."""
+    completion = completion if isinstance(completion, str) else completion[-1]["content"]
     if isinstance(prompt, str):
         prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
         completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
-    else:
+    elif tokenizer.chat_template:
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
-        completion = completion if isinstance(completion, str) else completion[-1]["content"]
+    else:
+        fail("the prompts are chat messages, but this model's tokenizer has no chat template; give prompts as text")
     completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     return prompt_ids, completion_ids
 
@@ -415,13 +433,41 @@ def load_model(auto_class, path, flag):
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel: 40% less memory for GPT-2
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = auto_class.from_pretrained(path, config=config, dtype=torch.float32)
+        model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         fail(f"{flag} {path}: no model could be loaded ({str(error).splitlines()[0]})")
+    if info["missing_keys"] or getattr(model, "num_labels", 1) != 1 and auto_class is AutoModelForSequenceClassification:
+        fail(f"{flag} {path}: is no {'reward' if auto_class is AutoModelForSequenceClassification else 'language'} model "
+             f"(weights missing: {sorted(info['missing_keys'])}, labels: {model.num_labels})")  # fmt: skip
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
     model.config.pad_token_id = None  # or GPT-2's forward looks for pads in every batch: a wait for the device
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_model(model, prompts, T, pad_id, flag):
+    """Compare sampler and scorer with the model's own forward on single rows; the run ends here if they differ.
+
+    Some families scale their logits after the output layer (Gemma 2, Cohere, Granite), some do not obey a boolean mask
+    or a cache of full length (GPT-J, GPT-Neo, sliding windows). Nothing would crash: another policy would learn."""
+    device, family = prompts[0].device, f"{flag}: the model family `{model.config.model_type}` is not supported"
+    ids, mask, lengths = left_pad([prompt.tolist() for prompt in prompts], pad_id, device)  # [B, P], [B, P], [B]
+    uniforms, worst = torch.rand(T, len(prompts), device=device), 0.0
+    try:
+        responses, _ = rollout(model, ids, mask, uniforms, 1.0, -1, pad_id)  # [B, T] no EOS: all T tokens
+        for prompt, response, u, length in zip(prompts, responses, uniforms.T, lengths):
+            row = torch.cat([prompt, response])[None]  # [1, p+T] unpadded
+            stock = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # [T, V]
+            ours = model.get_output_embeddings()(response_states(model, row, length[None], T))[0].float()  # [T, V]
+            p = stock.softmax(-1)  # [T, V]
+            above = p.cumsum(-1).gather(1, response[:, None])[:, 0]  # [T] the CDF at the sampled token, then before it
+            below = above - p.gather(1, response[:, None])[:, 0]  # [T]; u lies between the two, up to rounding
+            worst = max(worst, (stock - ours).abs().max().item(), (below - u).max().item(), (u - above).max().item())
+    except Exception as error:
+        fail(f"{family} ({(str(error) or type(error).__name__).splitlines()[0]})")
+    if worst > (0.1 if device.type == "cuda" else 1e-3):
+        fail(f"{family}: sampling and scoring here differ from its own forward by {worst:.2g}")
 
 
 def now(device):
@@ -432,12 +478,15 @@ def now(device):
 
 
 def main(args):
+    check_flags(args, ["batch_size", "total_episodes", "max_prompt_length", "max_new_tokens", "temperature", "learning_rate", "cliprange",
+                       "cliprange_value", "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size", "max_grad_norm",
+                       "logging_steps", "eval_steps"])  # fmt: skip
     if args.batch_size % args.num_mini_batches:
         fail(f"--batch_size {args.batch_size} does not divide into --num_mini_batches {args.num_mini_batches}")
     if args.total_episodes < args.batch_size:
         fail(f"--total_episodes {args.total_episodes} is less than one --batch_size {args.batch_size}")
-    if not args.temperature > 0:
-        fail(f"--temperature {args.temperature}: must be above 0")
+    if max(args.gamma, args.lam) > 1:
+        fail(f"--gamma {args.gamma} --lam {args.lam}: neither may be above 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
@@ -487,9 +536,12 @@ def main(args):
         if not data[split]:
             fail(f"--max_prompt_length {args.max_prompt_length}: every prompt of `{split}` is longer; raise it")
     longest = max(len(ids) for _, ids in data["train"] + data["test"])
-    if longest + T > policy.config.max_position_embeddings:
+    if longest + T > getattr(policy.config, "max_position_embeddings", math.inf):
         fail(f"--max_new_tokens {T}: with a prompt of {longest} tokens that is more than the model's context of "
              f"{policy.config.max_position_embeddings}; lower it or --max_prompt_length")  # fmt: skip
+
+    by_length = sorted((torch.tensor(ids, device=device) for _, ids in data["train"]), key=len)
+    check_model(sampler.eval(), [by_length[0], by_length[-1]], T, tokenizer.pad_token_id, f"--sft_model_path {args.sft_model_path}")
 
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -541,7 +593,7 @@ def main(args):
         old_logprobs, ref_logprobs, values = torch.zeros(3, B, T, device=device)  # [B, T] each
         scores = torch.zeros(B, device=device)  # [B]
         with torch.no_grad():
-            for rows, L, t in micro_batches(range(B), *host_lengths, micro_size):
+            for rows, L, t in micro_batches(range(B), *host_lengths, micro_size, device):
                 ids, starts, labels, m = sequences[rows, :L], prompt_lengths[rows], responses[rows, :t], mask[rows, :t]
                 old_logprobs[rows, :t], _, values[rows, :t] = forward(
                     policy, value_head, ids, starts, labels, m, args.temperature, autocast
@@ -574,10 +626,10 @@ def main(args):
         stats = torch.zeros(len(minibatches), 9, device=device)
         for k, minibatch in enumerate(minibatches):
             num_tokens = mask[minibatch].sum()
-            for rows, L, t in micro_batches(minibatch, *host_lengths, micro_size):
+            for rows, L, t in micro_batches(minibatch, *host_lengths, micro_size, device):
                 ids, starts, labels, m = sequences[rows, :L], prompt_lengths[rows], responses[rows, :t], mask[rows, :t]
                 new_logprobs, entropy, new_values = forward(
-                    policy, value_head, ids, starts, labels, m, args.temperature, autocast
+                    policy, value_head, ids, starts, labels, m, args.temperature, autocast, args.entropy_coef > 0
                 )  # [b, t] each
                 old, a, v, r = old_logprobs[rows, :t], advantages[rows, :t], values[rows, :t], returns[rows, :t]
                 pg_loss = policy_loss(new_logprobs, old, a, args.cliprange)  # [b, t]

@@ -54,12 +54,19 @@ class Args:
     """passes over the pairs; more than one or two overfits (Stiennon et al. 2020, appendix B.1)"""
     max_steps: int = 0
     """optimizer steps; overrides num_train_epochs if positive"""
-    per_device_train_batch_size: int = 64
+    per_device_train_batch_size: int = 32
     """pairs in one forward and backward pass (the micro-batch): twice as many sequences"""
     gradient_accumulation_steps: int = 1
     """micro-batches summed into one optimizer step; the loss is the mean over all their pairs"""
-    warmup_steps: int = 20
-    """steps of linear warm-up; then a cosine decay to zero"""
+    warmup_steps: int = 50
+    """steps of linear warm-up; then a cosine decay to zero. Longer than in stage 1: the first gradients come through a
+    random head and would wash out what the trunk knows"""
+    lm_coef: float = 0.5
+    """weight of the language-model loss on the chosen answers. One bit a pair is little to hold on to: with it the trunk
+    keeps its language, and the held-out accuracy gains some 2 points (Cobbe et al. 2021, section 4.2)"""
+    center_coef: float = 0.01
+    """weight of (score(chosen) + score(rejected))^2. The pairwise loss leaves every prompt an offset of its own, which
+    in stage 3 is noise on top of every advantage (Eisenstein et al. 2023)"""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay"""
     max_grad_norm: float = 1.0
@@ -97,6 +104,15 @@ def fail(message):  # [shared]
     raise SystemExit(2)
 
 
+def check_flags(args, positive):  # [shared]
+    """Every number finite and not negative, those named in `positive` above zero, the template with its slot."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not (0 < value if name in positive else 0 <= value) or value == math.inf:
+            fail(f"--{name} {value}: must be a finite number {'above' if name in positive else 'of at least'} 0")
+    if "{prompt}" not in args.prompt_template:
+        fail(f"--prompt_template {args.prompt_template!r}: has no {{prompt}} in it")
+
+
 def load_rows(name, split, columns):  # [shared]
     """One split of a Hub data set, or of a local folder with `{split}.jsonl`, as a list of dicts.
 
@@ -104,13 +120,14 @@ def load_rows(name, split, columns):  # [shared]
     try:
         rows = datasets.load_dataset(name, split=split).to_list()
     except Exception as error:  # the library has a dozen types for this; the file and the line are what helps
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         for path in sorted(Path(name).glob(f"{split}*.jsonl")):
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
                     json.loads(line)
                 except ValueError as malformed:
                     fail(f"{path}:{number}: this line is not JSON ({malformed}); mend or remove it")
-        fail(f"--dataset_name {name}: no `{split}` split could be read ({str(error).splitlines()[0]}); give a folder "
+        fail(f"--dataset_name {name}: no `{split}` split could be read ({reason}); give a folder "
              f"with {split}.jsonl or the name of a data set on the Hub")  # fmt: skip
     if not rows:
         fail(f"--dataset_name {name}: its `{split}` split is empty")
@@ -129,13 +146,15 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
 
     Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
     prompt that was tokenized alone, would never see those tokens again."""
+    completion = completion if isinstance(completion, str) else completion[-1]["content"]
     if isinstance(prompt, str):
         prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
         completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
-    else:
+    elif tokenizer.chat_template:
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
-        completion = completion if isinstance(completion, str) else completion[-1]["content"]
+    else:
+        fail("the prompts are chat messages, but this model's tokenizer has no chat template; give prompts as text")
     completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     return prompt_ids, completion_ids
 
@@ -170,16 +189,17 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
 def sample(model, tokenizer, prompts, temperature, max_new_tokens, seed):  # [shared]
     """Responses (lists of ids that end with EOS, or are cut at max_new_tokens) for lists of prompt ids: plain
     temperature sampling, with nothing of what the model's own generation config says (top-k, penalties, ...)."""
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    width = max(map(len, prompts))
+    kept_config, width = model.generation_config, max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)  # [B, P]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
     with torch.random.fork_rng():  # looking at samples must not change the training that follows
         torch.manual_seed(seed)
+        model.generation_config = transformers.GenerationConfig(
+            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
         responses = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        model.generation_config = kept_config
     eos = tokenizer.eos_token_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in responses]
 
@@ -193,22 +213,24 @@ def split_dialogue(dialogue):
     return before + turn, reply
 
 
-def score_sequences(reward_model, ids, lengths):  # [shared]
-    """The raw score of each sequence, [B], read at its last real token, from right-padded ids [B, L].
+def read_scores(reward_model, hidden, lengths):  # [shared]
+    """The raw score of each sequence, [B], from the hidden states [B, L, d] of right-padded ids, at the last real token.
 
     `lengths` [B] say where that is; looking for the first pad id instead (as the stock forward does) goes wrong
     as soon as pad == eos, since the EOS is then taken for padding and the score read one token early."""
-    hidden = reward_model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, d]
-    last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # [B, d]
+    last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # [B, d]
     return reward_model.score(last).squeeze(-1).float()  # [B]
 
 
-def score_pairs(model, pairs, pad_id, device):
-    """Scores of (chosen ids, rejected ids) pairs -> two [B]. One forward for both: half the launches, and the two
-    halves of a pair see the same dropout-free weights and the same kernels."""
+def score_sequences(reward_model, ids, lengths):  # [shared]
+    """The raw score of each sequence: right-padded ids [B, L], lengths [B] -> [B]."""
+    return read_scores(reward_model, reward_model.base_model(input_ids=ids, use_cache=False).last_hidden_state, lengths)
+
+
+def pair_batch(pairs, pad_id, device):
+    """(chosen ids, rejected ids) pairs -> ids [2B, L], lengths [2B], chosen first: one forward serves both sides."""
     sequences = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)  # [2B]
-    return score_sequences(model, pad(sequences, pad_id, device), lengths).chunk(2)
+    return pad(sequences, pad_id, device), torch.tensor([len(sequence) for sequence in sequences], device=device)
 
 
 @torch.no_grad()
@@ -217,9 +239,10 @@ def evaluate(model, pairs, batch_size, pad_id, device, autocast):
     in the preferred side and how often it was right (0 is perfect; a confident, wrong model is easily hacked)."""
     model.eval()
     with autocast:
-        batches = [score_pairs(model, pairs[i : i + batch_size], pad_id, device) for i in range(0, len(pairs), batch_size)]
+        batches = [pair_batch(pairs[i : i + batch_size], pad_id, device) for i in range(0, len(pairs), batch_size)]
+        scores = [score_sequences(model, ids, lengths).chunk(2) for ids, lengths in batches]
     model.train()
-    margin = torch.cat([chosen - rejected for chosen, rejected in batches]).cpu()  # [N]
+    margin = torch.cat([chosen - rejected for chosen, rejected in scores]).cpu()  # [N]
     right, confidence = (margin > 0).float(), torch.sigmoid(margin.abs())  # [N], [N] in 0.5 ... 1
     bins = ((confidence - 0.5) * 20).long().clamp(max=9)  # [N]
     gaps = [(right[bins == b].sum() - confidence[bins == b].sum()).abs() for b in range(10)]
@@ -228,6 +251,10 @@ def evaluate(model, pairs, batch_size, pad_id, device, autocast):
 
 
 def main(args):
+    check_flags(args, ["max_length", "learning_rate", "num_train_epochs", "max_grad_norm", "temperature", "max_new_tokens",
+                       "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps"])  # fmt: skip
+    if args.normalization_samples < 2:
+        fail(f"--normalization_samples {args.normalization_samples}: a standard deviation needs at least 2")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
@@ -238,6 +265,7 @@ def main(args):
         fail("there is no SFT model in runs/sft yet: `python sft.py` makes it (or name one: --model_name_or_path)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        sft = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32).to(device).eval()
         model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, num_labels=1, dtype=torch.float32)
     except (OSError, ValueError) as error:
         fail(f"--model_name_or_path {args.model_name_or_path}: no model could be loaded ({str(error).splitlines()[0]})")
@@ -248,30 +276,35 @@ def main(args):
     # that starts large saturates the sigmoid before the trunk has learnt anything.
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     model.to(device)
+    lm_head = sft.get_output_embeddings().requires_grad_(False)  # the SFT model's own, as it is
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
     # 2. Pairs
-    data, prompts = {}, {}
+    data, prompts = {}, {}  # prompts: those of the training pairs, each once, in order
     for split in ("train", "test"):
         rows = load_rows(args.dataset_name, split, ["chosen", "rejected"])
         data[split] = []
         for row in rows:
             sides = [(row["prompt"], row[side]) if row.get("prompt") else split_dialogue(row[side]) for side in ("chosen", "rejected")]
             template = args.prompt_template if row.get("prompt") else "{prompt}"  # a dialogue brings its own turns
+            if not sides[0][0] or not sides[1][0]:
+                fail(f"{args.dataset_name}, {split}: without a `prompt` column, every dialogue needs a last turn that begins "
+                     f"with '\\n\\nAssistant:'; this one has none: {str(row['chosen'])[:60]!r}")  # fmt: skip
             (prompt, chosen), (rejected_prompt, rejected) = [encode(tokenizer, template, *side) for side in sides]
             if max(len(prompt + chosen), len(rejected_prompt + rejected)) <= args.max_length:
                 data[split].append((prompt + chosen, rejected_prompt + rejected))
-                prompts[tuple(prompt)] = split
+                if split == "train":
+                    prompts[tuple(prompt)] = None
         if len(data[split]) < len(rows):
             print(f"{split}: left out {len(rows) - len(data[split])} of {len(rows)} pairs, longer than --max_length")
         if not data[split]:
             fail(f"--max_length {args.max_length}: every pair of `{split}` has a longer side; raise it")
 
     # 3. Optimizer and schedule
-    lengths = [max(len(chosen), len(rejected)) for chosen, rejected in data["train"]]
+    pair_lengths = [max(len(chosen), len(rejected)) for chosen, rejected in data["train"]]
     batch_size = args.per_device_train_batch_size
-    batches_per_epoch = math.ceil(len(lengths) / batch_size)
+    batches_per_epoch = math.ceil(len(pair_lengths) / batch_size)
     total_steps = args.max_steps or math.ceil(args.num_train_epochs * batches_per_epoch / args.gradient_accumulation_steps)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True  # one kernel, not hundreds
@@ -285,7 +318,7 @@ def main(args):
 
         wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True)
     print(f"Reward model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}, "
-          f"{len(lengths)} pairs, {total_steps} steps")  # fmt: skip
+          f"{len(pair_lengths)} pairs, {total_steps} steps")  # fmt: skip
 
     # 4. Training
     model.train()
@@ -300,16 +333,23 @@ def main(args):
         for k in range((step - 1) * args.gradient_accumulation_steps, step * args.gradient_accumulation_steps):
             epoch, i = divmod(k, batches_per_epoch)
             if i == 0 or batches is None:
-                batches = epoch_batches(lengths, batch_size, args.seed + epoch)
+                batches = epoch_batches(pair_lengths, batch_size, args.seed + epoch)
             micro_batches.append([data["train"][j] for j in batches[i]])
         num_pairs = sum(map(len, micro_batches))
         for micro_batch in micro_batches:
+            b = len(micro_batch)
+            ids, lengths = pair_batch(micro_batch, tokenizer.pad_token_id, device)  # [2b, L], [2b]
             with autocast:
-                chosen, rejected = score_pairs(model, micro_batch, tokenizer.pad_token_id, device)  # [b], [b]
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [2b, L, d]
+                chosen, rejected = read_scores(model, hidden, lengths).chunk(2)  # [b], [b]
+                is_target = torch.arange(1, ids.shape[1], device=device) < lengths[:b, None]  # [b, L-1] chosen answers only
+                logits = lm_head(hidden[:b, :-1][is_target])  # [N, V]
             # Bradley-Terry: only differences of scores matter, so their zero and scale are set afterwards (6.)
-            loss = -F.logsigmoid(chosen - rejected).sum() / num_pairs
-            loss.backward()
-            running_loss.append(loss.detach())
+            loss = -F.logsigmoid(chosen - rejected).mean()
+            lm_loss = F.cross_entropy(logits.float(), ids[:b, 1:][is_target])
+            center_loss = ((chosen + rejected) ** 2).mean()
+            ((loss + args.lm_coef * lm_loss + args.center_coef * center_loss) * b / num_pairs).backward()
+            running_loss.append(loss.detach() * b / num_pairs)
             running_accuracy.append((chosen > rejected).sum() / num_pairs)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
@@ -338,8 +378,7 @@ def main(args):
     # the scale of the scores open, but in stage 3 beta is a price in score per nat, and the value head starts at
     # zero: without this, every new reward model would need a new beta (lm-human-preferences, train_reward.py:232).
     model.eval()
-    sft = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32).to(device).eval()
-    prompts = [list(prompt) for prompt, split in prompts.items() if split == "train"]
+    prompts = [list(prompt) for prompt in prompts]
     prompts = [prompts[i % len(prompts)] for i in range(args.normalization_samples)]
     sampled = []
     for i in range(0, len(prompts), 2 * batch_size):

@@ -102,6 +102,15 @@ def fail(message):  # [shared]
     raise SystemExit(2)
 
 
+def check_flags(args, positive):  # [shared]
+    """Every number finite and not negative, those named in `positive` above zero, the template with its slot."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not (0 < value if name in positive else 0 <= value) or value == math.inf:
+            fail(f"--{name} {value}: must be a finite number {'above' if name in positive else 'of at least'} 0")
+    if "{prompt}" not in args.prompt_template:
+        fail(f"--prompt_template {args.prompt_template!r}: has no {{prompt}} in it")
+
+
 def load_rows(name, split, columns):  # [shared]
     """One split of a Hub data set, or of a local folder with `{split}.jsonl`, as a list of dicts.
 
@@ -109,13 +118,14 @@ def load_rows(name, split, columns):  # [shared]
     try:
         rows = datasets.load_dataset(name, split=split).to_list()
     except Exception as error:  # the library has a dozen types for this; the file and the line are what helps
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         for path in sorted(Path(name).glob(f"{split}*.jsonl")):
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
                     json.loads(line)
                 except ValueError as malformed:
                     fail(f"{path}:{number}: this line is not JSON ({malformed}); mend or remove it")
-        fail(f"--dataset_name {name}: no `{split}` split could be read ({str(error).splitlines()[0]}); give a folder "
+        fail(f"--dataset_name {name}: no `{split}` split could be read ({reason}); give a folder "
              f"with {split}.jsonl or the name of a data set on the Hub")  # fmt: skip
     if not rows:
         fail(f"--dataset_name {name}: its `{split}` split is empty")
@@ -134,13 +144,15 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
 
     Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
     prompt that was tokenized alone, would never see those tokens again."""
+    completion = completion if isinstance(completion, str) else completion[-1]["content"]
     if isinstance(prompt, str):
         prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
         completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
-    else:
+    elif tokenizer.chat_template:
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
-        completion = completion if isinstance(completion, str) else completion[-1]["content"]
+    else:
+        fail("the prompts are chat messages, but this model's tokenizer has no chat template; give prompts as text")
     completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     return prompt_ids, completion_ids
 
@@ -184,7 +196,7 @@ def model_from_scratch(args, texts):
     bpe.train_from_iterator(texts, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=args.max_length, n_embd=args.n_embd, n_layer=args.n_layer,
+        vocab_size=len(tokenizer), n_positions=args.max_length + args.max_new_tokens, n_embd=args.n_embd, n_layer=args.n_layer,
         n_head=max(args.n_embd // 32, 1), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's, as one fused kernel
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -211,21 +223,24 @@ def completion_loss(model, examples, pad_id, device):
 def sample(model, tokenizer, prompts, temperature, max_new_tokens, seed):  # [shared]
     """Responses (lists of ids that end with EOS, or are cut at max_new_tokens) for lists of prompt ids: plain
     temperature sampling, with nothing of what the model's own generation config says (top-k, penalties, ...)."""
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    width = max(map(len, prompts))
+    kept_config, width = model.generation_config, max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)  # [B, P]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
     with torch.random.fork_rng():  # looking at samples must not change the training that follows
         torch.manual_seed(seed)
+        model.generation_config = transformers.GenerationConfig(
+            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
         responses = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        model.generation_config = kept_config
     eos = tokenizer.eos_token_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in responses]
 
 
 def main(args):
+    check_flags(args, ["max_length", "n_layer", "n_embd", "vocab_size", "learning_rate", "num_train_epochs", "max_grad_norm", "temperature",
+                       "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps", "max_new_tokens"])  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
