@@ -59,11 +59,11 @@ class Args:
     learning_rate: float = 2e-3
     """peak of AdamW's learning rate; right for the small model from scratch. Fine-tuning a pre-trained model
     wants 1e-5 to 5e-5"""
-    num_train_epochs: int = 8
+    num_train_epochs: int = 12
     """passes over the demonstrations; a pre-trained model needs 1 to 3"""
     max_steps: int = 0
     """optimizer steps; overrides num_train_epochs if positive"""
-    per_device_train_batch_size: int = 64
+    per_device_train_batch_size: int = 32
     """examples in one forward and backward pass (the micro-batch)"""
     gradient_accumulation_steps: int = 1
     """micro-batches summed into one optimizer step; the loss is the mean over all their tokens"""

@@ -54,11 +54,11 @@ BETTER = Style(
 
 # An answer in a pair has an error of a sampled model with this probability. A reward model that has
 # seen only clean answers rewards garbled ones, and PPO finds them.
-ERROR = 0.15
+ERROR = 0.08
 # This share of the pairs are an answer and the same with one thing changed: an error or an edit.
 # They say what the difference is worth, where two independent answers differ in everything.
 CLOSE_PAIRS = 0.5
-CLOSE_PAIR_BY_ERROR = 0.3
+CLOSE_PAIR_BY_ERROR = 0.15
 # Sharpness of the labels: P(a preferred to b) = sigmoid(SHARPNESS * (gold(a) - gold(b))).
 SHARPNESS = 2.0
 
