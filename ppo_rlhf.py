@@ -482,9 +482,9 @@ def now(device):
 
 
 def main(args):
-    check_flags(args, ["batch_size", "total_episodes", "max_prompt_length", "max_new_tokens", "temperature", "learning_rate", "value_learning_rate", "cliprange",
-                       "cliprange_value", "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size", "max_grad_norm",
-                       "logging_steps", "eval_steps"])  # fmt: skip
+    check_flags(args, ["batch_size", "total_episodes", "max_prompt_length", "max_new_tokens", "temperature", "learning_rate",
+                       "value_learning_rate", "cliprange", "cliprange_value", "num_ppo_epochs", "num_mini_batches",
+                       "per_device_train_batch_size", "max_grad_norm", "logging_steps", "eval_steps"])  # fmt: skip
     if args.batch_size % args.num_mini_batches:
         fail(f"--batch_size {args.batch_size} does not divide into --num_mini_batches {args.num_mini_batches}")
     if args.total_episodes < args.batch_size:
@@ -507,7 +507,7 @@ def main(args):
             fail(f"there is no model in {path} yet: `{command}` makes it (or name one: {flag})")
     policy, tokenizer = load_model(AutoModelForCausalLM, args.sft_model_path, "--sft_model_path")
     reward_model, reward_tokenizer = load_model(AutoModelForSequenceClassification, args.reward_model_path, "--reward_model_path")
-    if tokenizer.get_vocab() != reward_tokenizer.get_vocab():
+    if (tokenizer.get_vocab(), tokenizer.eos_token_id) != (reward_tokenizer.get_vocab(), reward_tokenizer.eos_token_id):
         fail(f"{args.reward_model_path} has another tokenizer than {args.sft_model_path}: the reward model would read other "
              "words than were written; train it from this SFT model, or re-tokenize in reward_fn")  # fmt: skip
     if not hasattr(reward_model.config, "reward_std"):
