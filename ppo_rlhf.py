@@ -18,14 +18,16 @@ Next    python data/judge.py runs/ppo/eval.jsonl
 
 How the tensors line up. A row holds a prompt and its response; B rows, P prompt slots, T response slots:
 
-    rollout   [ pad pad q1 q2 q3 | r1 r2 r3 EOS pad ]     prompts left-padded, so every row samples in the same slot
-    training  [ q1 q2 q3 r1 r2 r3 EOS pad pad pad   ]     rolled to the left: causal attention needs no mask at all
-                     |  |  |  |
-                     r1 r2 r3 EOS  <- predicted           the position before a token predicts it: its logits give
-                     V1 V2 V3 V4                          the log-prob, its hidden state gives V, the value before it
-    mask [B, T]      1  1  1  1   0                       every sampled token, EOS included; from lengths, not ids
-    KL               x  x  x  x                           on every real token
-    score                     x                           on the last real token; after it there is nothing, V = 0
+    rollout   [ pad pad q1 q2 q3 | r1 r2 r3 EOS pad ]    prompts left-padded: every row samples into the same slot
+    training  [ q1 q2 q3 r1 r2 r3 EOS pad pad pad   ]    rolled to the left: causal attention needs no mask at all
+                      |  |  |  |
+    predicts          r1 r2 r3 EOS                       the position before a token predicts it: its logits give the
+    value             V1 V2 V3 V4                        log-prob, its hidden state gives V, the value before the token
+
+    [B, T]            r1 r2 r3 EOS pad
+    mask              1  1  1  1   0                     every sampled token, EOS included; from lengths, never from ids
+    KL                x  x  x  x                         on every real token
+    score                      x                         on the last real token; after it there is nothing: V = 0
 
 Sources: Ziegler et al. 2019 (openai/lm-human-preferences), Stiennon et al. 2020, Ouyang et al. 2022, and "The N
 Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-preference-details).
@@ -440,9 +442,9 @@ def load_model(auto_class, path, flag):
         model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         fail(f"{flag} {path}: no model could be loaded ({str(error).splitlines()[0]})")
-    if info["missing_keys"] or getattr(model, "num_labels", 1) != 1 and auto_class is AutoModelForSequenceClassification:
+    if info["missing_keys"] or model.config.num_labels != 1 and auto_class is AutoModelForSequenceClassification:
         fail(f"{flag} {path}: is no {'reward' if auto_class is AutoModelForSequenceClassification else 'language'} model "
-             f"(weights missing: {sorted(info['missing_keys'])}, labels: {model.num_labels})")  # fmt: skip
+             f"(weights missing: {sorted(info['missing_keys'])}, labels: {model.config.num_labels})")  # fmt: skip
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
     model.config.pad_token_id = None  # or GPT-2's forward looks for pads in every batch: a wait for the device
@@ -467,11 +469,12 @@ def check_model(model, prompts, T, pad_id, flag):
             p = stock.softmax(-1)  # [T, V]
             above = p.cumsum(-1).gather(1, response[:, None])[:, 0]  # [T] the CDF at the sampled token, then before it
             below = above - p.gather(1, response[:, None])[:, 0]  # [T]; u lies between the two, up to rounding
-            worst = max(worst, (stock - ours).abs().max().item(), (below - u).max().item(), (u - above).max().item())
+            errors = (p - ours.softmax(-1)).abs().max(), (below - u).max(), (u - above).max()
+            worst = max(worst, *(math.inf if error.isnan() else error.item() for error in errors))
     except Exception as error:
         fail(f"{family} ({(str(error) or type(error).__name__).splitlines()[0]})")
-    if worst > (0.1 if device.type == "cuda" else 1e-3):
-        fail(f"{family}: sampling and scoring here differ from its own forward by {worst:.2g}")
+    if worst > 1e-3:
+        fail(f"{family}: probabilities of sampler and scorer differ from its own forward's by {worst:.2g}")
 
 
 def now(device):
@@ -494,7 +497,7 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-    tolerance = 0.05 if device.type == "cuda" else 1e-4  # nats a token, for what must be 0: bf16 rounds, fp32 hardly
+    tolerance = 0.1 if device.type == "cuda" else 1e-4  # nats a token, for what must be 0: bf16 rounds, fp32 hardly
     frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     B, T = args.batch_size, args.max_new_tokens
 
@@ -549,7 +552,7 @@ def main(args):
              f"{policy.config.max_position_embeddings}; lower it or --max_prompt_length")  # fmt: skip
 
     by_length = sorted((torch.tensor(ids, device=device) for _, ids in data["train"]), key=len)
-    check_model(sampler.eval(), [by_length[0], by_length[-1]], T, tokenizer.pad_token_id, f"--sft_model_path {args.sft_model_path}")
+    check_model(policy.eval(), [by_length[0], by_length[-1]], T, tokenizer.pad_token_id, f"--sft_model_path {args.sft_model_path}")
 
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ class Args:
     """steps of linear warm-up; then a cosine decay to zero. Longer than in stage 1: the first gradients come through a
     random head and would wash out what the trunk knows"""
     lm_coef: float = 0.5
-    """weight of the language-model loss on the chosen answers. One bit a pair is little to hold on to: with it the trunk
+    """weight of the language-model loss on the chosen side, prompt and answer. One bit a pair is little to hold on to: with it the trunk
     keeps its language, and the held-out accuracy gains some 2 points (Cobbe et al. 2021, section 4.2)"""
     center_coef: float = 0.01
     """weight of (score(chosen) + score(rejected))^2. The pairwise loss leaves every prompt an offset of its own, which
@@ -301,6 +301,14 @@ def main(args):
         if not data[split]:
             fail(f"--max_length {args.max_length}: every pair of `{split}` has a longer side; raise it")
 
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = max(len(side) for pairs in data.values() for pair in pairs for side in pair)
+    if longest > context:
+        fail(f"--max_length {args.max_length}: the longest pair has {longest} tokens, the model's context {context}; lower it")
+    longest = max(map(len, prompts))
+    if longest + args.max_new_tokens > context:
+        fail(f"--max_new_tokens {args.max_new_tokens}: with a prompt of {longest} tokens, more than the context of {context}")
+
     # 3. Optimizer and schedule
     pair_lengths = [max(len(chosen), len(rejected)) for chosen, rejected in data["train"]]
     batch_size = args.per_device_train_batch_size
@@ -336,19 +344,20 @@ def main(args):
                 batches = epoch_batches(pair_lengths, batch_size, args.seed + epoch)
             micro_batches.append([data["train"][j] for j in batches[i]])
         num_pairs = sum(map(len, micro_batches))
+        num_tokens = sum(len(chosen) - 1 for micro_batch in micro_batches for chosen, _ in micro_batch)  # of the whole step
         for micro_batch in micro_batches:
             b = len(micro_batch)
             ids, lengths = pair_batch(micro_batch, tokenizer.pad_token_id, device)  # [2b, L], [2b]
             with autocast:
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [2b, L, d]
                 chosen, rejected = read_scores(model, hidden, lengths).chunk(2)  # [b], [b]
-                is_target = torch.arange(1, ids.shape[1], device=device) < lengths[:b, None]  # [b, L-1] chosen answers only
+                is_target = torch.arange(1, ids.shape[1], device=device) < lengths[:b, None]  # [b, L-1] chosen side only
                 logits = lm_head(hidden[:b, :-1][is_target])  # [N, V]
             # Bradley-Terry: only differences of scores matter, so their zero and scale are set afterwards (6.)
             loss = -F.logsigmoid(chosen - rejected).mean()
-            lm_loss = F.cross_entropy(logits.float(), ids[:b, 1:][is_target])
+            lm_loss = F.cross_entropy(logits.float(), ids[:b, 1:][is_target], reduction="sum") / num_tokens
             center_loss = ((chosen + rejected) ** 2).mean()
-            ((loss + args.lm_coef * lm_loss + args.center_coef * center_loss) * b / num_pairs).backward()
+            ((loss + args.center_coef * center_loss) * b / num_pairs + args.lm_coef * lm_loss).backward()
             running_loss.append(loss.detach() * b / num_pairs)
             running_accuracy.append((chosen > rejected).sum() / num_pairs)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -197,7 +197,7 @@ def model_from_scratch(args, texts):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_positions=args.max_length + args.max_new_tokens, n_embd=args.n_embd, n_layer=args.n_layer,
-        n_head=max(args.n_embd // 32, 1), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_head=args.n_embd // 32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's, as one fused kernel
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -239,8 +239,11 @@ def sample(model, tokenizer, prompts, temperature, max_new_tokens, seed):  # [sh
 
 
 def main(args):
-    check_flags(args, ["max_length", "n_layer", "n_embd", "vocab_size", "learning_rate", "num_train_epochs", "max_grad_norm", "temperature",
-                       "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps", "max_new_tokens"])  # fmt: skip
+    check_flags(args, ["max_length", "n_layer", "n_embd", "vocab_size", "learning_rate", "num_train_epochs", "max_grad_norm",
+                       "temperature", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                       "eval_steps", "max_new_tokens"])  # fmt: skip
+    if args.n_embd % 32:
+        fail(f"--n_embd {args.n_embd}: must be a multiple of 32, the width of a head")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
@@ -271,6 +274,14 @@ def main(args):
             print(f"{split}: left out {len(encoded) - len(data[split])} of {len(encoded)} examples, longer than --max_length")
         if not data[split]:
             fail(f"--max_length {args.max_length}: every example of `{split}` is longer; raise it")
+
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = max(len(prompt) + len(answer) for examples in data.values() for prompt, answer in examples)
+    if longest > context:
+        fail(f"--max_length {args.max_length}: the longest example has {longest} tokens, the model's context {context}; lower it")
+    longest = max(len(prompt) for prompt, _ in data["test"])
+    if longest + args.max_new_tokens > context:
+        fail(f"--max_new_tokens {args.max_new_tokens}: with a prompt of {longest} tokens, more than the context of {context}")
 
     # 2. Optimizer and schedule
     lengths = [len(prompt) + len(completion) for prompt, completion in data["train"]]

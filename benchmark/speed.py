@@ -355,12 +355,12 @@ def add_critic(ppo):
             critics.append(probe(critics[0]).clone())
         return model, tokenizer
 
-    def optimizer(parameters, **kwargs):  # the same list is clipped later
-        parameters.extend(critics[0].to(parameters[0].device).parameters())
-        return adamw(parameters, **kwargs)
+    def optimizer(groups, **kwargs):  # the critic is a group of its own: trained like the policy, left out of the clipping
+        device = groups[0]["params"][0].device
+        return adamw([*groups, {"params": [*critics[0].to(device).parameters()], "peak": groups[0]["peak"]}], **kwargs)
 
-    def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast):
-        new_logprobs, entropy, _ = shared(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast)
+    def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast, entropy_grad=False):
+        new_logprobs, entropy, _ = shared(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast, entropy_grad)
         with autocast:
             hidden = ppo.response_states(critics[0], ids, prompt_lengths, labels.shape[1])  # [b, T, d]
         return [new_logprobs, entropy, value_head(hidden.float()).squeeze(-1).masked_fill(mask == 0, 0.0)]

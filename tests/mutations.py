@@ -49,6 +49,7 @@ MUTANTS = {
     "policy clip on the wrong side": ("torch.max(-advantages * ratio", "torch.min(-advantages * ratio"),
     "value clip on the wrong side": ("torch.max((new_values - returns)", "torch.min((new_values - returns)"),
     "values clipped around the returns": ("clipped = old_values + (new_values - old_values)", "clipped = returns + (new_values - returns)"),
+    "entropy bonus without a gradient": ("logits if entropy_grad else logits.detach()", "logits.detach()"),
     "entropy bonus with the wrong sign": ("- args.entropy_coef * entropy", "+ args.entropy_coef * entropy"),
     "loss divided per micro-batch": ("((loss * m).sum() / num_tokens).backward()", "((loss * m).sum() / m.sum()).backward()"),
     "loss averaged over padding": ("((loss * m).sum() / num_tokens).backward()", "loss.mean().backward()"),
@@ -56,7 +57,12 @@ MUTANTS = {
     "gradients not clipped": ("clip_grad_norm_(parameters, args.max_grad_norm)", "clip_grad_norm_(parameters, 1e9)"),
     "weight decay": ("weight_decay=0.0", "weight_decay=0.01"),
     "learning rate does not decay": ("1 - (update - 1) / num_updates)", "1.0)"),
-    "value head not trained": ("parameters = [*policy.parameters(), *value_head.parameters()]", "parameters = [*policy.parameters()]"),
+    "value head not trained": ('"peak": args.value_learning_rate}', '"peak": 0.0}'),
+    "value head's learning rate ignored": ('"peak": args.value_learning_rate}', '"peak": args.learning_rate}'),
+    "value head left out of the clipping": (
+        "parameters = [*policy.parameters(), *value_head.parameters()]",
+        "parameters = [*policy.parameters()]",
+    ),
     "value head starts at random": ("torch.nn.init.zeros_(value_head.weight), ", ""),
     # ---- log-probs, masks, slots ----
     "temperature left out of the policy's log-probs": ("logits = logits.float() / temperature", "logits = logits.float()"),
@@ -87,8 +93,8 @@ MUTANTS = {
     "dropout on": ("setattr(config, name, 0.0)", "pass"),
     "old log-probs of the current policy": ("old, a, v, r = old_logprobs[rows, :t]", "old, a, v, r = new_logprobs.detach()"),
     # ---- scores ----
-    "score read at a pad": ("last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]", "last = hidden[:, -1]"),
-    "score read one token early": ("device=ids.device), lengths - 1]", "device=ids.device), lengths - 2]"),
+    "score read at a pad": ("last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]", "last = hidden[:, -1]"),
+    "score read one token early": ("device=hidden.device), lengths - 1]", "device=hidden.device), lengths - 2]"),
     "score not normalized": (" - config.reward_mean) / config.reward_std", ")"),
     # ---- sampler ----
     "positions not corrected in the prefill": (

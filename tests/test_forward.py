@@ -34,8 +34,8 @@ def batch(pad_id, garbage=False):
     return ppo.roll_left(prompts, responses, prompt_lengths), prompt_lengths, responses, mask
 
 
-def forward(model, head, batch, temperature):
-    return ppo.forward(model, head, *batch, temperature, contextlib.nullcontext())
+def forward(model, head, batch, temperature, entropy_grad=False):
+    return ppo.forward(model, head, *batch, temperature, contextlib.nullcontext(), entropy_grad)
 
 
 def test_left_pad_and_roll_left():
@@ -59,7 +59,9 @@ def test_micro_batches_are_a_partition(size):
     shorter than the longest row: tokens would silently leave the loss."""
     lengths, response_lengths = [9, 4, 12, 7, 7, 30, 5], [2, 1, 6, 3, 1, 8, 2]
     rows = [6, 2, 0, 5, 3]
-    chunks = ppo.micro_batches(rows, lengths, response_lengths, size)
+    chunks = ppo.micro_batches(rows, lengths, response_lengths, size, "cpu")
+    assert all(chunk.dtype == torch.long for chunk, _, _ in chunks)
+    chunks = [(chunk.tolist(), *longest) for chunk, *longest in chunks]
     assert sorted(row for chunk, _, _ in chunks for row in chunk) == sorted(rows)
     for chunk, longest, longest_response in chunks:
         assert 1 <= len(chunk) <= size
@@ -97,12 +99,22 @@ def test_garbage_after_eos_changes_nothing(family, pad_id):
     results = []
     for garbage in (False, True):
         model.zero_grad(), head.zero_grad()
-        outputs = forward(model, head, batch(pad_id, garbage), 0.9)
+        outputs = forward(model, head, batch(pad_id, garbage), 0.9, entropy_grad=True)
         (outputs[0].sum() + outputs[1].sum() + outputs[2].sum()).backward()
         results.append([*outputs, *(p.grad.clone() for p in (*model.parameters(), *head.parameters()))])
     for clean, dirty in zip(*results):
         torch.testing.assert_close(clean, dirty, atol=1e-5, rtol=1e-5)
     assert sum(g.abs().sum() for g in results[0][3:]) > 0
+
+
+def test_entropies_have_a_gradient_only_if_asked_for():
+    """The figure is the same either way; a backward pass through it is what an entropy bonus needs, and what a run
+    without one is spared. Catches a bonus whose gradient is 0."""
+    model, head = tiny_model("gpt2"), torch.nn.Linear(32, 1)
+    plain, wanted = (forward(model, head, batch(PAD), 0.9, entropy_grad=flag)[1] for flag in (False, True))
+    assert torch.equal(plain, wanted) and not plain.requires_grad
+    wanted.sum().backward()
+    assert model.transformer.ln_f.weight.grad.norm() > 0.1
 
 
 def test_trimmed_micro_batch_equals_the_whole(family):

@@ -67,8 +67,8 @@ def copied(x):
 
 
 def trace_main(folder, monkeypatch, garbage=False, settings="gpt2", train=TRAIN, **overrides):
-    """Run ppo_rlhf.main() in `folder` -> (trace, metrics, args, tokenizer). Nothing of it is replaced but the rollout;
-    the pure functions are only listened to."""
+    """Run ppo_rlhf.main() in `folder` -> (trace, metrics, args, tokenizer). Nothing of it is replaced but the rollouts
+    of training and evaluation; the pure functions are only listened to."""
     setting = dict(SETTINGS[settings])
     family, pad_is_eos = setting.pop("family"), setting.pop("pad_is_eos")
     tokenizer = tiny_tokenizer(pad_is_eos)
@@ -81,7 +81,7 @@ def trace_main(folder, monkeypatch, garbage=False, settings="gpt2", train=TRAIN,
         reward_model_path=save(reward_model, tokenizer, folder / "rm"),
         dataset_name=str(folder / "data"), output_dir=str(folder / "ppo"), prompt_template="Q: {prompt}\nA:",
         max_new_tokens=T, total_episodes=16, batch_size=8, num_mini_batches=2, num_ppo_epochs=2,
-        per_device_train_batch_size=3, learning_rate=5e-3, warmup_steps=1, max_grad_norm=0.5,
+        per_device_train_batch_size=3, learning_rate=5e-3, value_learning_rate=8e-3, warmup_steps=1, max_grad_norm=0.5,
         vf_coef=0.3, cliprange=0.1, cliprange_value=0.02, missing_eos_penalty=0.7), **setting, **overrides})  # fmt: skip
 
     trace = Trace()
@@ -99,7 +99,11 @@ def trace_main(folder, monkeypatch, garbage=False, settings="gpt2", train=TRAIN,
     for name in ("penalized_rewards", "gae", "whiten", "policy_loss", "value_loss", "micro_batches", "reward_fn"):
         listen(name)
 
+    real_rollout = ppo.rollout
+
     def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
+        if eos_id == -1:  # the check of the model before training: it compares samples with what they should be
+            return real_rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id)
         assert temperature == args.temperature and uniforms.shape == (T, len(prompts))
         rows = [p[m.bool()].tolist() for p, m in zip(prompts, prompt_mask)]
         responses, lengths = chosen_responses(len(trace["rollout"]), rows, eos_id, pad_id, garbage)
@@ -110,11 +114,11 @@ def trace_main(folder, monkeypatch, garbage=False, settings="gpt2", train=TRAIN,
 
     class ListeningAdamW(torch.optim.AdamW):
         def step(self, *args, **kwargs):
-            parameters = self.param_groups[0]["params"]
+            parameters = [p for group in self.param_groups for p in group["params"]]  # the policy's, then the head's
             before, gradients = ([x.detach().clone() for x in xs] for xs in (parameters, (p.grad for p in parameters)))
             super().step(*args, **kwargs)
             after = [p.detach().clone() for p in parameters]
-            trace.steps.append(dict(before=before, gradients=gradients, after=after, lr=self.param_groups[0]["lr"]))
+            trace.steps.append(dict(before=before, gradients=gradients, after=after))
 
     monkeypatch.setattr(torch.optim, "AdamW", ListeningAdamW)
     ppo.main(args)
@@ -303,21 +307,23 @@ def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatc
 
 def test_parameters_follow_adam(tmp_path, monkeypatch):
     """The recorded gradients, fed to a textbook Adam (betas 0.9 and 0.999, eps 1e-5, no weight decay) with the
-    schedule of the docstring, lead along the same path. Catches weight decay, another eps, a learning rate that
-    warms up or decays otherwise, a parameter that the optimizer was not given."""
+    schedule of the docstring, lead along the same path, the value head at a rate of its own. Catches weight decay,
+    another eps, a learning rate that warms up or decays otherwise or is not that of the flag, a parameter that the
+    optimizer was not given."""
     trace, metrics, args, _ = trace_main(tmp_path, monkeypatch, total_episodes=32)
     per_update = args.num_ppo_epochs * args.num_mini_batches
-    peak = args.learning_rate
-    rates = [peak * f for f in (1 / 2, 3 / 4, 2 / 4, 1 / 4)]  # 1 update of warm-up, then linearly to 0 after the 4th
-    assert [m["lr"] for m in metrics] == pytest.approx(rates)
+    schedule = (1 / 2, 3 / 4, 2 / 4, 1 / 4)  # 1 update of warm-up, then linearly to 0 after the 4th
+    assert [m["lr"] for m in metrics] == pytest.approx([args.learning_rate * f for f in schedule])
     x = [p.double() for p in trace.steps[0]["before"]]
+    peaks = [args.learning_rate] * (len(x) - 2) + [args.value_learning_rate] * 2  # the last two: the head's weight and bias
+    assert x[-2].shape == (1, 32) and args.value_learning_rate != args.learning_rate
     m, v = [torch.zeros_like(p) for p in x], [torch.zeros_like(p) for p in x]
     for n, step in enumerate(trace.steps, 1):
-        lr = rates[(n - 1) // per_update]
+        fraction = schedule[(n - 1) // per_update]
         for i, g in enumerate(step["gradients"]):
             m[i] = 0.9 * m[i] + 0.1 * g.double()
             v[i] = 0.999 * v[i] + 0.001 * g.double() ** 2
-            x[i] = x[i] - lr * (m[i] / (1 - 0.9**n)) / ((v[i] / (1 - 0.999**n)).sqrt() + 1e-5)
+            x[i] = x[i] - peaks[i] * fraction * (m[i] / (1 - 0.9**n)) / ((v[i] / (1 - 0.999**n)).sqrt() + 1e-5)
             torch.testing.assert_close(step["after"][i].double(), x[i], atol=1e-5, rtol=1e-4)
 
 
@@ -360,7 +366,8 @@ def test_gradients_do_not_depend_on_the_micro_batch(settings, tmp_path, monkeypa
     paths = []
     for i, run in enumerate(runs):
         with monkeypatch.context() as patch:
-            trace, *_ = trace_main(tmp_path / str(i), patch, settings=settings, learning_rate=1e-3, **run)
+            trace, *_ = trace_main(tmp_path / str(i), patch, settings=settings, learning_rate=1e-3,
+                                    value_learning_rate=1e-3, **run)  # fmt: skip
         paths.append(gradients_of(trace))
     for path in paths[1:]:
         assert len(path) == len(paths[0]) == 8

@@ -37,24 +37,32 @@ def test_sft_loss_is_that_of_the_completions_alone(family, pad_id):
 @pytest.mark.parametrize("pad_id", [PAD, EOS])
 def test_pairs_are_scored_at_their_last_tokens(family, pad_id):
     """Chosen and rejected, of different lengths in one padded batch, against the stock class on single sequences.
-    Catches halves that are swapped or interleaved, and scores read at pads."""
+    Catches halves that are swapped or interleaved, lengths of other rows, and scores read at pads."""
     model = tiny_reward_model(family)
     model.config.pad_token_id = None
     pairs = [(a + b, c + d) for (a, b), (c, d) in zip(EXAMPLES, EXAMPLES[::-1])]
     with torch.no_grad():
-        scores = reward_model.score_pairs(model, pairs, pad_id, "cpu")
+        ids, lengths = reward_model.pair_batch(pairs, pad_id, "cpu")
+        assert lengths.tolist() == [len(pair[side]) for side in (0, 1) for pair in pairs]
+        assert ids.shape == (2 * len(pairs), max(lengths))
+        scores = reward_model.score_sequences(model, ids, lengths).chunk(2)
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        assert torch.equal(reward_model.read_scores(model, hidden, lengths), torch.cat(scores))
         for side in (0, 1):
             expected = [model(input_ids=torch.tensor([pair[side]])).logits.item() for pair in pairs]
             assert scores[side].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def first_gradients(module, monkeypatch, **args):
-    """Gradients of every optimizer step of module.main()."""
+def first_gradients(module, monkeypatch, parameters=None, **args):
+    """Gradients of every optimizer step of module.main(); a list given as `parameters` gets those before the steps."""
     steps = []
 
     class ListeningAdamW(torch.optim.AdamW):
         def step(self, *args, **kwargs):
-            steps.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
+            (group,) = self.param_groups
+            steps.append(torch.cat([p.grad.flatten() for p in group["params"]]))
+            if parameters is not None:
+                parameters.append([p.detach().clone() for p in group["params"]])
             return super().step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -85,14 +93,21 @@ def stage(base, module, name, **overrides):
     return {**shared, **({} if module is sft else {"normalization_samples": 32}), **overrides}
 
 
-@pytest.mark.parametrize("module", [sft, reward_model])
-def test_accumulation_changes_nothing(module, base, monkeypatch):
+@pytest.mark.parametrize(
+    "module, coefficients",
+    [
+        (sft, {}),
+        (reward_model, dict(lm_coef=0.0, center_coef=0.3)),
+        (reward_model, dict(lm_coef=0.5)),
+    ],
+)
+def test_accumulation_changes_nothing(module, coefficients, base, monkeypatch):
     """All four examples in one batch, in two halves of different length, or one by one: the same gradient, and one
     optimizer step. Catches a mean per micro-batch (short examples would weigh more) and a step per micro-batch."""
     gradients = []
     for i, (size, accumulation) in enumerate([(4, 1), (2, 2), (1, 4)]):
         args = stage(base, module, str(i), per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
-                     gradient_checkpointing=size == 2)  # fmt: skip
+                     gradient_checkpointing=size == 2, **coefficients)  # fmt: skip
         steps = first_gradients(module, monkeypatch, **args)
         assert len(steps) == 1
         gradients.append(steps[0])
@@ -114,6 +129,43 @@ def test_sft_gradient_is_the_mean_over_tokens(base, monkeypatch):
     torch.cat(losses).mean().backward()
     theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lm_coef, center_coef", [(0.0, 0.0), (0.7, 0.0), (0.0, 0.3), (0.5, 0.2)])
+def test_reward_gradient_is_that_of_three_losses(lm_coef, center_coef, base, monkeypatch):
+    """Against autograd in float64 on single sequences with stock classes: Bradley-Terry, mean over the pairs; -log p
+    of the chosen sequences, mean over their tokens, through the output layer of the SFT model, which stays as it is;
+    and the squared sum of the two scores, mean over the pairs. Catches a flipped or missing term, a coefficient on
+    another term, a language-model loss on rejected sequences or on pads, an output layer that is trained too."""
+    before = []
+    (ours,) = first_gradients(reward_model, monkeypatch, before, **stage(
+        base, reward_model, "out", max_grad_norm=1e9, lm_coef=lm_coef, center_coef=center_coef))  # fmt: skip
+    double = dict(dtype=torch.float64)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base / "base", num_labels=1, **double).eval()
+    model.config.pad_token_id = None  # then the stock forward reads the last token
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before[0], strict=True):
+            parameter.copy_(value)
+    head = transformers.AutoModelForCausalLM.from_pretrained(base / "base", **double).lm_head.weight.detach()
+    tokenizer, bradley_terry, center, tokens = tiny_tokenizer(), [], [], []
+    for row in PREFERENCES:
+        scores = {}
+        for side in ("chosen", "rejected"):
+            ids = sum(reward_model.encode(tokenizer, reward_model.Args.prompt_template, row["prompt"], row[side]), [])
+            out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+            scores[side] = out.logits[0, 0]
+            if side == "chosen":
+                log_p = (out.hidden_states[-1][0] @ head.T).log_softmax(-1)
+                tokens += [-log_p[t, token] for t, token in enumerate(ids[1:])]
+        bradley_terry.append(torch.log1p(torch.exp(scores["rejected"] - scores["chosen"])))
+        center.append((scores["chosen"] + scores["rejected"]) ** 2)
+    losses = [sum(terms) / len(terms) for terms in (bradley_terry, tokens, center)]
+    (losses[0] + lm_coef * losses[1] + center_coef * losses[2]).backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-4)
+    assert all(loss.item() > 0.1 for loss in losses)
+    logged = read_jsonl(base / "out" / "metrics.jsonl")[0]["loss/train"]  # the pairs' loss alone, to compare with eval/loss
+    assert logged == pytest.approx(losses[0].item(), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -179,6 +231,8 @@ def test_prompt_and_completion_are_tokenized_apart():
         prompt_ids, ids = sft.encode(tokenizer, template, messages, completion)
         assert tokenizer.decode(prompt_ids) == "[user] Hi\n[assistant] "
         assert tokenizer.decode(ids) == "Sure.<eos>"
+    prompt_ids, ids = sft.encode(tokenizer, template, "Hi", [{"role": "assistant", "content": "Sure."}])
+    assert tokenizer.decode(prompt_ids + ids) == "Prompt: Hi\nResponse: Sure.<eos>"
 
 
 def test_epoch_batches():
@@ -204,13 +258,14 @@ def test_warmup_cosine():
 
 def test_stock_sampling_is_plain(base):
     """The samples of stages 1 and 2 obey nothing of the model's own generation config (top-k, penalties), end with
-    EOS or at the limit, and leave the global random state alone. Catches scores normalized on another policy."""
+    EOS or at the limit, and leave the global random state and that config alone. Catches scores normalized on another
+    policy, and a checkpoint that is saved with the settings of a sample."""
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=1, repetition_penalty=9.0)
     prompt = [40, 41, 42]
-    state = torch.random.get_rng_state()
+    state, kept = torch.random.get_rng_state(), model.generation_config
     responses = sft.sample(model, tokenizer, [prompt, [9]] * 500, 1.0, 3, 0)
-    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(state, torch.random.get_rng_state()) and model.generation_config is kept
     assert all(1 <= len(r) <= 3 and EOS not in r[:-1] for r in responses)
     assert all(len(r) == 3 or r[-1] == EOS for r in responses)
     p = plain_logits(model, prompt)[-1].softmax(-1)
