@@ -32,7 +32,7 @@ class Style(NamedTuple):
     steps: dict  # how many of the four steps are kept; with 0, a vague sentence stands for them
     fillers: dict  # how many rambling sentences are strewn in
     disorder: float = 0.04  # two of the steps change places
-    repeats: float = 0.0  # a step is said twice
+    repeats: float = 0.0  # a step is said twice; at 0, as the SFT model does it now and then by itself
     off_topic: float = 0.02  # the steps are those of another topic: rare, as it is by far the hardest to learn
 
 
