@@ -51,7 +51,7 @@ class Args:
     learning_rate: float = 5e-4
     """peak of AdamW's learning rate; right for the small model of the shipped task. A pre-trained model wants 1e-5"""
     num_train_epochs: int = 2
-    """passes over the pairs; more than one or two overfits (Stiennon et al. 2020, appendix B.1)"""
+    """passes over the pairs; a third one learnt the noise of the labels by heart"""
     max_steps: int = 0
     """optimizer steps; overrides num_train_epochs if positive"""
     per_device_train_batch_size: int = 32
@@ -63,7 +63,7 @@ class Args:
     random head and would wash out what the trunk knows"""
     lm_coef: float = 0.5
     """weight of the language-model loss on the chosen side, prompt and answer. One bit a pair is little to hold on to: with it the trunk
-    keeps its language, and the held-out accuracy gains some 2 points (Cobbe et al. 2021, section 4.2)"""
+    keeps its language, and the held-out accuracy gained 1 to 2 points (as in Cobbe et al. 2021)"""
     center_coef: float = 0.01
     """weight of (score(chosen) + score(rejected))^2. The pairwise loss leaves every prompt an offset of its own, which
     in stage 3 is noise on top of every advantage (Eisenstein et al. 2023)"""

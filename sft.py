@@ -11,7 +11,7 @@ Reads   data/demonstrations/{train,test}.jsonl with the columns `prompt` and `co
 Writes  runs/sft: model and tokenizer as `save_pretrained` does, metrics.jsonl, args.json.
 Next    python reward_model.py
 
-Sources: Ouyang et al. 2022 (InstructGPT), section 3.5; Stiennon et al. 2020, appendix B.1.
+Sources: Ouyang et al. 2022 (InstructGPT), section 3.5; Stiennon et al. 2020.
 """
 
 import contextlib
