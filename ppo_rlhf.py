@@ -35,10 +35,14 @@ Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-pr
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
+import os
+import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,6 +51,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache
@@ -131,6 +136,16 @@ class Args:
     """updates between two looks at a prompt with its response, score and KL; a few more go to samples.jsonl"""
     track: bool = False
     """log to Weights & Biases too"""
+
+    # ---- stopping and going on ----
+    save_steps: int = 10
+    """updates between two checkpoints, of 12 bytes a parameter: what a crash can cost"""
+    save_total_limit: int = 1
+    """checkpoints that are kept"""
+    resume: bool = False
+    """go on with the run in output_dir from its newest checkpoint: on a CPU it then ends the same to the bit"""
+    overwrite: bool = False
+    """begin anew in an output_dir that is not empty; with --resume, only if there is no checkpoint"""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -368,10 +383,10 @@ def roll_left(prompts, responses, prompt_lengths):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def fail(message):  # [shared]
+def fail(message, status=2):  # [shared]
     """Bad input ends here: one line that says what, where and how to mend it; exit status 2, no traceback."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def check_flags(args, positive):  # [shared]
@@ -409,6 +424,87 @@ def load_rows(name, split, columns):  # [shared]
             if not (value.strip() if isinstance(value, str) else isinstance(value, list) and value):
                 fail(f"{name}, {split} row {number}: `{column}` is {str(value)[:40]!r}; give it text or chat messages")
     return rows
+
+
+def checksum(path):  # [shared]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def load_checkpoint(args, changeable):  # [shared]
+    """State of the newest whole checkpoint in --output_dir, None if the run starts at the beginning. Writes nothing.
+
+    A folder that holds something is touched only with --resume or --overwrite. A run goes on only with the flags that it
+    began with, but for those in `changeable`: with others it would end neither as the one run nor as the other."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not (args.resume or args.overwrite) and (folder.is_file() or any(folder.iterdir())):
+        fail(f"--output_dir {folder} is not empty: go on with its run by --resume, replace it by --overwrite, or name another")
+    paths = sorted(folder.glob("checkpoint/*.pt")) if args.resume else []
+    whole = [path for path in paths if path.stem.endswith(checksum(path))]  # cut or flipped bits show
+    if not whole:
+        if args.resume and not args.overwrite and (paths or (folder / "config.json").exists()):
+            fail(f"--resume: of {len(paths)} checkpoints in {folder} none is whole; start anew with --overwrite")
+        return None
+    state = torch.load(whole[-1], map_location="cpu", weights_only=True)
+    changed = [f"--{name} {value} (was {state['args'][name]})" for name, value in vars(args).items()
+               if name not in changeable and value != state["args"].get(name, value)]  # fmt: skip
+    if changed:
+        fail(f"--resume: the run in {folder} began with other flags: {', '.join(changed)}; give the old ones, or another --output_dir")
+    print(f"goes on after step {state['step']} of {folder}" + f", as {paths[-1].name} is damaged" * (whole[-1] != paths[-1]))
+    return state
+
+
+def open_logs(args, state, names):  # [shared]
+    """Make --output_dir and open its jsonl files as they were at the checkpoint, so that no step stands twice in them."""
+    folder = Path(args.output_dir)
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    for path in [] if state else folder.glob("checkpoint/*"):  # --overwrite
+        path.unlink()
+    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    for name in names:
+        (folder / name).write_text(state["logs"][name] if state else "", encoding="utf-8")
+    return [open(folder / name, "a", encoding="utf-8") for name in names]
+
+
+def save_checkpoint(args, step, logs, state):  # [shared]
+    """Write `state` to checkpoint/STEP-CHECKSUM.pt. There is one whole checkpoint at every instant: a new file, on the disk
+    before it gets its name, which is one step of the file system; only then the oldest ones go."""
+    folder = Path(args.output_dir) / "checkpoint"
+    logs = {Path(log.name).name: Path(log.name).read_text(encoding="utf-8") for log in logs}
+    try:
+        with open(folder / "unfinished", "wb") as file:
+            torch.save({**state, "step": step, "args": asdict(args), "logs": logs}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (folder / "unfinished").replace(folder / f"{step:08}-{checksum(folder / 'unfinished')}.pt")
+    except (OSError, RuntimeError) as error:  # torch hides the reason of a failed write in the context of its own error
+        fail(f"step {step}: no checkpoint could be written to {folder} ({error.__context__ or error}); the last one is whole: "
+             "make room, then --resume", status=1)  # fmt: skip
+    for path in sorted(folder.glob("*.pt"))[: -args.save_total_limit]:
+        path.unlink()
+
+
+def catch_signals():  # [shared]
+    """-> a list that gets the number of the first SIGINT or SIGTERM, upon which the run ends after the running step, with a
+    checkpoint; a second one ends it at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
+    """End the run if one of the named `tensors` holds inf or NaN, before that reaches a weight or a checkpoint."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        path = Path(args.output_dir) / "nonfinite.pt"
+        torch.save({**tensors, **batch}, path)
+        fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, the last checkpoint is whole; the batch is in "
+             f"{path}, for torch.load", status=1)  # fmt: skip
 
 
 def encode(tokenizer, template, prompt, completion=""):  # [shared]
@@ -484,16 +580,42 @@ def now(device):
     return time.perf_counter()
 
 
+def matmul_flops(device, n=8192):
+    """FLOP/s of a large bf16 matrix product, measured: the peak that model FLOPs utilization (MFU) is a share of."""
+    a = torch.ones(n, n, dtype=torch.bfloat16, device=device)
+    times = []
+    for _ in range(10):
+        start = now(device)
+        a @ a
+        times.append(now(device) - start)
+    return 2 * n**3 / min(times)
+
+
+def peak_memory(device):
+    """The most memory used so far, in GB: torch's own on CUDA, the whole process's otherwise (NaN on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if os.name != "posix":
+        return math.nan
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
 def main(args):
     check_flags(args, ["batch_size", "total_episodes", "max_prompt_length", "max_new_tokens", "temperature", "learning_rate",
                        "value_learning_rate", "cliprange", "cliprange_value", "num_ppo_epochs", "num_mini_batches",
-                       "per_device_train_batch_size", "max_grad_norm", "logging_steps", "eval_steps"])  # fmt: skip
+                       "per_device_train_batch_size", "max_grad_norm", "logging_steps", "eval_steps", "save_steps",
+                       "save_total_limit"])  # fmt: skip
     if args.batch_size % args.num_mini_batches:
         fail(f"--batch_size {args.batch_size} does not divide into --num_mini_batches {args.num_mini_batches}")
     if args.total_episodes < args.batch_size:
         fail(f"--total_episodes {args.total_episodes} is less than one --batch_size {args.batch_size}")
     if max(args.gamma, args.lam) > 1:
         fail(f"--gamma {args.gamma} --lam {args.lam}: neither may be above 1")
+    # What may change on --resume: it changes no result, or (the last two) only the rounding of sums.
+    state = load_checkpoint(args, ["output_dir", "logging_steps", "eval_steps", "track", "save_steps", "save_total_limit", "resume",
+                                   "overwrite", "gradient_checkpointing", "per_device_train_batch_size"])  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
@@ -554,16 +676,26 @@ def main(args):
     by_length = sorted((torch.tensor(ids, device=device) for _, ids in data["train"]), key=len)
     check_model(policy.eval(), [by_length[0], by_length[-1]], T, tokenizer.pad_token_id, f"--sft_model_path {args.sft_model_path}")
 
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    metrics_file, samples_file = open(output_dir / "metrics.jsonl", "w"), open(output_dir / "samples.jsonl", "w")
+    first_update, seconds = 1, 0.0
+    inputs = zlib.crc32(repr((data, *(m.get_input_embeddings().weight[:4].tolist() for m in (reference, reward_model)))).encode())
+    if state:
+        if state["inputs"] != inputs:
+            fail("--resume: prompts, SFT model or reward model are not what this run began with; restore them, or --overwrite")
+        policy.load_state_dict(state["policy"])
+        sampler.load_state_dict(state["policy"])
+        value_head.load_state_dict(state["value_head"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_update, seconds = state["step"] + 1, state["seconds"]
+    output_dir, (metrics_file, samples_file) = Path(args.output_dir), open_logs(args, state, ["metrics.jsonl", "samples.jsonl"])
     if args.track:
         import wandb
 
         wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True)
 
     num_updates = args.total_episodes // B
+    peak_flops = matmul_flops(device) if device.type == "cuda" else math.nan
+    head_size = policy.get_output_embeddings().weight.numel()
+    trunk_size = sum(p.numel() for p in policy.base_model.parameters()) - policy.get_input_embeddings().weight.numel()
     # Every epoch is a new permutation of the prompts; made whole, so that an update's prompts depend on nothing else.
     generator = torch.Generator().manual_seed(args.seed)
     epochs = math.ceil(args.total_episodes / len(data["train"]))
@@ -571,10 +703,12 @@ def main(args):
     print(f"PPO: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters on {device}, {len(data['train'])} prompts, "
           f"{num_updates} updates of {B} episodes")  # fmt: skip
 
-    start_time = time.time()
-    progress = tqdm(range(1, num_updates + 1), desc="ppo", disable=None)  # no bar when there is no terminal
+    start_time, signals = time.time() - seconds, catch_signals()
+    updates = range(first_update, num_updates + 1)
+    progress = tqdm(updates, desc="ppo", initial=first_update - 1, total=num_updates, disable=None)  # no bar without a terminal
     for update in progress:
-        torch.manual_seed(args.seed * 2**20 + update)  # all of an update's randomness is a function of seed and update
+        # All of an update's randomness is a function of seed and update: --resume needs no random state.
+        torch.manual_seed(args.seed * 2**20 + update)
         schedule = min(update / (args.warmup_steps + 1), 1 - (update - 1) / num_updates)  # warm-up, then linear to zero
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule
@@ -615,6 +749,8 @@ def main(args):
                 scores[rows] = reward_fn(reward_model, tokenizer, ids, starts, lengths[rows])
         # An answer that was cut off pays: else the policy learns to ramble past the end, where no EOS can lower its score.
         scores = scores - args.missing_eos_penalty * ~ended  # [B]
+        judged = {"logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores}
+        stop_if_nonfinite(args, f"update {update}, scoring", judged, {"sequences": sequences, "lengths": lengths})
         kl = (old_logprobs - ref_logprobs) * mask  # [B, T]
         if update == 1:  # policy and reference are the same model: almost every bug in RLHF breaks this
             assert masked_mean(kl.abs(), mask) < tolerance, f"KL is not 0 at the start: {masked_mean(kl.abs(), mask)}"
@@ -657,6 +793,8 @@ def main(args):
                                     (ratio - 1).abs() > args.cliprange, (new_values - v).abs() > args.cliprange_value])  # fmt: skip
                 stats[k, :8] += (seen.detach() * m).sum((1, 2)) / num_tokens
             stats[k, 8] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            stop_if_nonfinite(args, f"update {update}, minibatch {k + 1}", {"loss": stats[k, :8], "gradient norm": stats[k, 8]},
+                              {"sequences": sequences[minibatch], "lengths": lengths[minibatch], **judged})  # fmt: skip
             optimizer.step()
             optimizer.zero_grad()
         if sampler is not policy:
@@ -692,10 +830,15 @@ def main(args):
             "lr": args.learning_rate * schedule,
             "beta": args.beta,
             "eps": B / (clock[3] - clock[0]),
+            "tokens_per_second": sum(host_lengths[1]) / (clock[3] - clock[0]),  # of responses, over all phases
+            "memory/peak_gb": peak_memory(device),
             "time/rollout": clock[1] - clock[0],
             "time/score": clock[2] - clock[1],
             "time/update": clock[3] - clock[2],
         }
+        if device.type == "cuda":  # 6 FLOPs a weight and token, forward and backward; the output layer sees responses only
+            flops = 6 * (trunk_size * sum(host_lengths[0]) + head_size * sum(host_lengths[1])) * args.num_ppo_epochs
+            metrics["mfu"] = flops / metrics["time/update"] / peak_flops
         progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.2f}")
         if update % args.logging_steps == 0 or update == num_updates:
             metrics_file.write(json.dumps(metrics) + "\n")
@@ -712,6 +855,15 @@ def main(args):
             tqdm.write(f"update {update}/{num_updates}: score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.2f} "
                        f"nats, length {metrics['response_length']:.1f}\n    {sample['prompt']} -> {text} "
                        f"(score {sample['score']:.2f}, KL {sample['kl']:.2f})")  # fmt: skip
+        if update % args.save_steps == 0 or update == num_updates or signals:
+            save_checkpoint(args, update, [metrics_file, samples_file], {
+                "policy": policy.state_dict(), "value_head": value_head.state_dict(), "optimizer": optimizer.state_dict(),
+                "inputs": inputs, "seconds": time.time() - start_time,
+            })  # fmt: skip
+        if signals:
+            print(f"stopped after update {update}: the same command with --resume goes on", file=sys.stderr)
+            raise SystemExit(128 + signals[0])
+    signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on at once
     metrics_file.close(), samples_file.close()
 
     # ============================================================================================================
@@ -753,4 +905,9 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except torch.OutOfMemoryError as error:
+        fail(f"out of GPU memory: a smaller --per_device_train_batch_size, --gradient_checkpointing or a smaller --max_new_tokens helps; then --resume ({str(error).splitlines()[0]})", status=1)
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
+        fail(f"{error}; the last checkpoint is whole: mend it, then --resume", status=1)

@@ -15,10 +15,14 @@ Sources: Ouyang et al. 2022 (InstructGPT), section 3.5; Stiennon et al. 2020.
 """
 
 import contextlib
+import hashlib
 import json
 import math
+import os
+import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,16 +95,26 @@ class Args:
     track: bool = False
     """log to Weights & Biases too"""
 
+    # ---- stopping and going on ----
+    save_steps: int = 200
+    """optimizer steps between two checkpoints, of 12 bytes a parameter: what a crash can cost"""
+    save_total_limit: int = 1
+    """checkpoints that are kept"""
+    resume: bool = False
+    """go on with the run in output_dir from its newest checkpoint: on a CPU it then ends the same to the bit"""
+    overwrite: bool = False
+    """begin anew in an output_dir that is not empty; with --resume, only if there is no checkpoint"""
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Helpers. Those marked [shared] stand in the other scripts too, the same to the letter: each file stands alone.
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def fail(message):  # [shared]
+def fail(message, status=2):  # [shared]
     """Bad input ends here: one line that says what, where and how to mend it; exit status 2, no traceback."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def check_flags(args, positive):  # [shared]
@@ -137,6 +152,87 @@ def load_rows(name, split, columns):  # [shared]
             if not (value.strip() if isinstance(value, str) else isinstance(value, list) and value):
                 fail(f"{name}, {split} row {number}: `{column}` is {str(value)[:40]!r}; give it text or chat messages")
     return rows
+
+
+def checksum(path):  # [shared]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def load_checkpoint(args, changeable):  # [shared]
+    """State of the newest whole checkpoint in --output_dir, None if the run starts at the beginning. Writes nothing.
+
+    A folder that holds something is touched only with --resume or --overwrite. A run goes on only with the flags that it
+    began with, but for those in `changeable`: with others it would end neither as the one run nor as the other."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not (args.resume or args.overwrite) and (folder.is_file() or any(folder.iterdir())):
+        fail(f"--output_dir {folder} is not empty: go on with its run by --resume, replace it by --overwrite, or name another")
+    paths = sorted(folder.glob("checkpoint/*.pt")) if args.resume else []
+    whole = [path for path in paths if path.stem.endswith(checksum(path))]  # cut or flipped bits show
+    if not whole:
+        if args.resume and not args.overwrite and (paths or (folder / "config.json").exists()):
+            fail(f"--resume: of {len(paths)} checkpoints in {folder} none is whole; start anew with --overwrite")
+        return None
+    state = torch.load(whole[-1], map_location="cpu", weights_only=True)
+    changed = [f"--{name} {value} (was {state['args'][name]})" for name, value in vars(args).items()
+               if name not in changeable and value != state["args"].get(name, value)]  # fmt: skip
+    if changed:
+        fail(f"--resume: the run in {folder} began with other flags: {', '.join(changed)}; give the old ones, or another --output_dir")
+    print(f"goes on after step {state['step']} of {folder}" + f", as {paths[-1].name} is damaged" * (whole[-1] != paths[-1]))
+    return state
+
+
+def open_logs(args, state, names):  # [shared]
+    """Make --output_dir and open its jsonl files as they were at the checkpoint, so that no step stands twice in them."""
+    folder = Path(args.output_dir)
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    for path in [] if state else folder.glob("checkpoint/*"):  # --overwrite
+        path.unlink()
+    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    for name in names:
+        (folder / name).write_text(state["logs"][name] if state else "", encoding="utf-8")
+    return [open(folder / name, "a", encoding="utf-8") for name in names]
+
+
+def save_checkpoint(args, step, logs, state):  # [shared]
+    """Write `state` to checkpoint/STEP-CHECKSUM.pt. There is one whole checkpoint at every instant: a new file, on the disk
+    before it gets its name, which is one step of the file system; only then the oldest ones go."""
+    folder = Path(args.output_dir) / "checkpoint"
+    logs = {Path(log.name).name: Path(log.name).read_text(encoding="utf-8") for log in logs}
+    try:
+        with open(folder / "unfinished", "wb") as file:
+            torch.save({**state, "step": step, "args": asdict(args), "logs": logs}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (folder / "unfinished").replace(folder / f"{step:08}-{checksum(folder / 'unfinished')}.pt")
+    except (OSError, RuntimeError) as error:  # torch hides the reason of a failed write in the context of its own error
+        fail(f"step {step}: no checkpoint could be written to {folder} ({error.__context__ or error}); the last one is whole: "
+             "make room, then --resume", status=1)  # fmt: skip
+    for path in sorted(folder.glob("*.pt"))[: -args.save_total_limit]:
+        path.unlink()
+
+
+def catch_signals():  # [shared]
+    """-> a list that gets the number of the first SIGINT or SIGTERM, upon which the run ends after the running step, with a
+    checkpoint; a second one ends it at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
+    """End the run if one of the named `tensors` holds inf or NaN, before that reaches a weight or a checkpoint."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        path = Path(args.output_dir) / "nonfinite.pt"
+        torch.save({**tensors, **batch}, path)
+        fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, the last checkpoint is whole; the batch is in "
+             f"{path}, for torch.load", status=1)  # fmt: skip
 
 
 def encode(tokenizer, template, prompt, completion=""):  # [shared]
@@ -241,7 +337,7 @@ def sample(model, tokenizer, prompts, temperature, max_new_tokens, seed):  # [sh
 def main(args):
     check_flags(args, ["max_length", "n_layer", "n_embd", "vocab_size", "learning_rate", "num_train_epochs", "max_grad_norm",
                        "temperature", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-                       "eval_steps", "max_new_tokens"])  # fmt: skip
+                       "eval_steps", "save_steps", "save_total_limit", "max_new_tokens"])  # fmt: skip
     if args.n_embd % 32:
         fail(f"--n_embd {args.n_embd}: must be a multiple of 32, the width of a head")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -250,6 +346,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # 1. Data and model
+    state = load_checkpoint(args, ["output_dir", "logging_steps", "eval_steps", "track", "save_steps", "save_total_limit",
+                                   "resume", "overwrite", "gradient_checkpointing"])  # fmt: skip
     rows = {split: load_rows(args.dataset_name, split, ["prompt", "completion"]) for split in ("train", "test")}
     if args.model_name_or_path == "scratch":
         texts = [args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}" for r in rows["train"]]
@@ -291,10 +389,16 @@ def main(args):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True  # one kernel, not hundreds
     )
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    metrics_file = open(output_dir / "metrics.jsonl", "w")
+    first_step, seconds, tokens_seen, running_loss = 1, 0.0, 0, []
+    inputs = zlib.crc32(repr(data).encode())
+    if state:
+        if state["inputs"] != inputs:
+            fail("--resume: the data set or the tokenizer is not what this run began with; restore it, or --overwrite")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, seconds, tokens_seen = state["step"] + 1, state["seconds"], state["tokens_seen"]
+        running_loss = list(state["running_loss"].to(device))
+    output_dir, (metrics_file,) = Path(args.output_dir), open_logs(args, state, ["metrics.jsonl"])
     if args.track:
         import wandb
 
@@ -304,10 +408,11 @@ def main(args):
 
     # 3. Training
     model.train()
-    start_time, tokens_seen, running_loss = time.time(), 0, []
-    batches = None
-    progress = tqdm(range(1, total_steps + 1), desc="sft", disable=None)  # no bar when there is no terminal
+    start_time, batches, signals = time.time() - seconds, None, catch_signals()
+    steps = range(first_step, total_steps + 1)
+    progress = tqdm(steps, desc="sft", initial=first_step - 1, total=total_steps, disable=None)  # no bar without a terminal
     for step in progress:
+        torch.manual_seed(args.seed * 2**20 + step)  # dropout too is a function of seed and step: --resume needs no more
         lr = args.learning_rate * warmup_cosine(step, args.warmup_steps, total_steps)
         optimizer.param_groups[0]["lr"] = lr
 
@@ -327,6 +432,7 @@ def main(args):
             loss.backward()
             step_loss += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        stop_if_nonfinite(args, f"step {step}", {"loss": step_loss, "gradient norm": grad_norm}, {"examples": micro_batches})
         optimizer.step()
         optimizer.zero_grad()
         running_loss.append(step_loss)
@@ -359,6 +465,16 @@ def main(args):
             progress.set_postfix(loss=f"{metrics.get('loss/train', metrics.get('loss/test')):.3f}")
             if args.track:
                 wandb.log(metrics, step=step)
+        if step % args.save_steps == 0 or step == total_steps or signals:
+            save_checkpoint(args, step, [metrics_file], {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "inputs": inputs, "tokens_seen": tokens_seen,
+                "running_loss": torch.tensor(running_loss), "seconds": time.time() - start_time,
+            })  # fmt: skip
+        if signals:
+            print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
+            raise SystemExit(128 + signals[0])
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on at once
 
     # 5. What the next stage loads, and any other library too
     model.save_pretrained(output_dir)
@@ -373,4 +489,9 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except torch.OutOfMemoryError as error:
+        fail(f"out of GPU memory: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing or a smaller --max_length helps; then --resume ({str(error).splitlines()[0]})", status=1)
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
+        fail(f"{error}; the last checkpoint is whole: mend it, then --resume", status=1)

@@ -382,7 +382,7 @@ def test_garbage_after_eos_changes_no_gradient_and_no_metric(tmp_path, monkeypat
     for garbage in (False, True):
         with monkeypatch.context() as patch:
             trace, metrics, *_ = trace_main(tmp_path / str(garbage), patch, garbage=garbage)
-        timing = ("eps", "time/rollout", "time/score", "time/update")
+        timing = ("eps", "tokens_per_second", "memory/peak_gb", "time/rollout", "time/score", "time/update")
         results.append((gradients_of(trace), [{k: v for k, v in m.items() if k not in timing} for m in metrics]))
     for clean, dirty in zip(*results[:2]):
         for a, b in zip(clean, dirty, strict=True):

@@ -260,7 +260,7 @@ def arguments(stage, folder, **overrides):
         ppo_rlhf: dict(sft_model_path=folder / "base", reward_model_path=folder / "rm", dataset_name=folder / "prompts",
                        total_episodes=8, batch_size=4, max_new_tokens=4, num_mini_batches=2, num_ppo_epochs=1),
     }[stage]  # fmt: skip
-    small["output_dir"] = folder / "out" / stage.__name__
+    small.update(output_dir=folder / "out" / stage.__name__, overwrite=True)
     return {key: str(value) if hasattr(value, "parts") else value for key, value in {**small, **overrides}.items()}
 
 
