@@ -39,7 +39,10 @@ import hashlib
 import json
 import math
 import os
+import platform
+import shlex
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -287,7 +290,7 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
         with torch.cuda.graph(graph):  # records the step, runs nothing
             decode_step()
         run_step, first = graph.replay, 3
-    for t in range(first, T):
+    for t in bar(range(first, T), "rollout"):
         run_step()
         if t % 8 == 0 and done.all():  # asking costs a wait for the device, so ask rarely
             break
@@ -507,6 +510,18 @@ def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
              f"{path}, for torch.load", status=1)  # fmt: skip
 
 
+def write_card(args, auto_class, facts):  # [shared]
+    """README.md beside the weights: how they were made, from what, what came out, how to load them."""
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent.resolve()))} rev-parse HEAD 2>/dev/null")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    (Path(args.output_dir) / "README.md").write_text(
+        f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {Path(args.output_dir).resolve().name}\n\nMade by\n\n"
+        f"    {shlex.join(['python', *sys.argv])}\n\nwith {versions}; code at commit {commit or 'unknown'}; all flags are in "
+        "args.json.\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items()) + "\n```python\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\nmodel = {auto_class}.from_pretrained({args.output_dir!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})\n```\n", encoding="utf-8")  # fmt: skip
+
+
 def encode(tokenizer, template, prompt, completion=""):  # [shared]
     """(prompt ids, completion ids that end with EOS): tokenized apart and joined as ids, in every stage alike.
 
@@ -571,6 +586,11 @@ def check_model(model, prompts, T, pad_id, flag):
         fail(f"{family} ({(str(error) or type(error).__name__).splitlines()[0]})")
     if worst > 1e-3:
         fail(f"{family}: probabilities of sampler and scorer differ from its own forward's by {worst:.2g}")
+
+
+def bar(things, name):
+    """A progress bar for one phase of an update, which may take minutes; gone when it is done, absent without a terminal."""
+    return tqdm(things, desc=name, leave=False, disable=None)
 
 
 def now(device):
@@ -690,7 +710,8 @@ def main(args):
     if args.track:
         import wandb
 
-        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True)
+        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True, resume="allow",
+                   id=state["wandb"] if state else None)  # fmt: skip
 
     num_updates = args.total_episodes // B
     peak_flops = matmul_flops(device) if device.type == "cuda" else math.nan
@@ -739,7 +760,7 @@ def main(args):
         old_logprobs, ref_logprobs, values = torch.zeros(3, B, T, device=device)  # [B, T] each
         scores = torch.zeros(B, device=device)  # [B]
         with torch.no_grad():
-            for rows, L, t in micro_batches(range(B), *host_lengths, micro_size, device):
+            for rows, L, t in bar(micro_batches(range(B), *host_lengths, micro_size, device), "scoring"):
                 ids, starts, labels, m = sequences[rows, :L], prompt_lengths[rows], responses[rows, :t], mask[rows, :t]
                 old_logprobs[rows, :t], _, values[rows, :t] = forward(
                     policy, value_head, ids, starts, labels, m, args.temperature, autocast
@@ -772,7 +793,7 @@ def main(args):
         shuffles = [torch.randperm(B).split(B // args.num_mini_batches) for _ in range(args.num_ppo_epochs)]
         minibatches = [minibatch.tolist() for shuffle in shuffles for minibatch in shuffle]
         stats = torch.zeros(len(minibatches), 9, device=device)
-        for k, minibatch in enumerate(minibatches):
+        for k, minibatch in enumerate(bar(minibatches, "update")):
             num_tokens = mask[minibatch].sum()
             for rows, L, t in micro_batches(minibatch, *host_lengths, micro_size, device):
                 ids, starts, labels, m = sequences[rows, :L], prompt_lengths[rows], responses[rows, :t], mask[rows, :t]
@@ -846,19 +867,23 @@ def main(args):
             if args.track:
                 wandb.log(metrics, step=update)
         if update % args.eval_steps == 0 or update in (1, num_updates):
+            samples = []
             for i in range(min(4, B)):
                 text = tokenizer.decode(responses[i, : host_lengths[1][i]], skip_special_tokens=True).strip()
-                sample = {"update": update, "prompt": batch[i][0], "response": text,
-                          "score": scores[i].item(), "kl": episode_kl[i].item()}  # fmt: skip
-                samples_file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                samples.append({"update": update, "prompt": batch[i][0], "response": text,
+                                "score": scores[i].item(), "kl": episode_kl[i].item()})  # fmt: skip
+            samples_file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             samples_file.flush()
+            if args.track:
+                table = wandb.Table(columns=list(samples[0]), data=[[str(x) for x in sample.values()] for sample in samples])
+                wandb.log({"samples": table}, step=update)
             tqdm.write(f"update {update}/{num_updates}: score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.2f} "
-                       f"nats, length {metrics['response_length']:.1f}\n    {sample['prompt']} -> {text} "
-                       f"(score {sample['score']:.2f}, KL {sample['kl']:.2f})")  # fmt: skip
+                       f"nats, length {metrics['response_length']:.1f}\n    {batch[i][0]} -> {text} "
+                       f"(score {scores[i]:.2f}, KL {episode_kl[i]:.2f})")  # fmt: skip
         if update % args.save_steps == 0 or update == num_updates or signals:
             save_checkpoint(args, update, [metrics_file, samples_file], {
                 "policy": policy.state_dict(), "value_head": value_head.state_dict(), "optimizer": optimizer.state_dict(),
-                "inputs": inputs, "seconds": time.time() - start_time,
+                "inputs": inputs, "seconds": time.time() - start_time, "wandb": wandb.run.id if args.track else None,
             })  # fmt: skip
         if signals:
             print(f"stopped after update {update}: the same command with --resume goes on", file=sys.stderr)
@@ -895,8 +920,14 @@ def main(args):
     for row in results[:4]:
         print(f"\n{row['prompt']}\n  SFT ({row['sft_score']:+.2f}) {row['sft']}\n  PPO ({row['ppo_score']:+.2f}) {row['ppo']}")
     wins = sum((row["ppo_score"] > row["sft_score"]) + 0.5 * (row["ppo_score"] == row["sft_score"]) for row in results)
-    print(f"\nThe reward model prefers PPO to SFT on {wins / len(results):.0%} of {len(results)} held-out prompts; "
-          f"PPO took {time.time() - start_time:.0f} s; saved to {output_dir}. Next: python data/judge.py {output_dir}/eval.jsonl")  # fmt: skip
+    history = [json.loads(line) for line in open(output_dir / "metrics.jsonl", encoding="utf-8")]
+    facts = {name: f"{history[0][name]:.2f} -> {history[-1][name]:.2f}"
+             for name in ("objective/scores", "objective/kl", "response_length")}  # fmt: skip
+    facts["held-out win rate against SFT, by the reward model"] = f"{wins / len(results):.0%} of {len(results)} prompts"
+    print("", *(f"{name:52} {value}" for name, value in facts.items()), sep="\n")
+    write_card(args, "AutoModelForCausalLM", {"SFT model": args.sft_model_path, "reward model": args.reward_model_path,
+                                              "prompts": args.dataset_name, "beta": args.beta, **facts})  # fmt: skip
+    print(f"PPO took {time.time() - start_time:.0f} s; saved to {output_dir}. Next: python data/judge.py {output_dir}/eval.jsonl")
     if args.track:
         wandb.finish()
 

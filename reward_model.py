@@ -20,7 +20,10 @@ import hashlib
 import json
 import math
 import os
+import platform
+import shlex
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -237,6 +240,18 @@ def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
              f"{path}, for torch.load", status=1)  # fmt: skip
 
 
+def write_card(args, auto_class, facts):  # [shared]
+    """README.md beside the weights: how they were made, from what, what came out, how to load them."""
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent.resolve()))} rev-parse HEAD 2>/dev/null")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    (Path(args.output_dir) / "README.md").write_text(
+        f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {Path(args.output_dir).resolve().name}\n\nMade by\n\n"
+        f"    {shlex.join(['python', *sys.argv])}\n\nwith {versions}; code at commit {commit or 'unknown'}; all flags are in "
+        "args.json.\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items()) + "\n```python\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\nmodel = {auto_class}.from_pretrained({args.output_dir!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})\n```\n", encoding="utf-8")  # fmt: skip
+
+
 def encode(tokenizer, template, prompt, completion=""):  # [shared]
     """(prompt ids, completion ids that end with EOS): tokenized apart and joined as ids, in every stage alike.
 
@@ -430,7 +445,8 @@ def main(args):
     if args.track:
         import wandb
 
-        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True)
+        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True, resume="allow",
+                   id=state["wandb"] if state else None)  # fmt: skip
     print(f"Reward model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}, "
           f"{len(pair_lengths)} pairs, {total_steps} steps")  # fmt: skip
 
@@ -494,6 +510,7 @@ def main(args):
             save_checkpoint(args, step, [metrics_file], {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "inputs": inputs,
                 "running": [torch.tensor(running_loss), torch.tensor(running_accuracy)], "seconds": time.time() - start_time,
+                "wandb": wandb.run.id if args.track else None,
             })  # fmt: skip
         if signals:
             print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
@@ -522,10 +539,18 @@ def main(args):
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     metrics_file.close()
+    evaluations = [row for row in map(json.loads, open(output_dir / "metrics.jsonl")) if "eval/accuracy" in row]
+    accuracy = f"{evaluations[0]['eval/accuracy']:.3f} -> {evaluations[-1]['eval/accuracy']:.3f}"
+    write_card(args, "AutoModelForSequenceClassification", {
+        "SFT model": args.model_name_or_path, "pairs": args.dataset_name, "optimizer steps": total_steps,
+        "held-out accuracy": accuracy, "calibration error": f"{evaluations[-1]['eval/calibration_error']:.3f}",
+        "normalized score": "(raw score - config.reward_mean) / config.reward_std",
+    })  # fmt: skip
     if args.track:
         wandb.finish()
     print(f"raw scores of {len(sampled)} SFT samples: mean {sampled.mean():.2f}, std {sampled.std():.2f}, normalized to 0 and 1")
-    print(f"The reward model took {time.time() - start_time:.0f} s; saved to {output_dir}. Next: python ppo_rlhf.py --beta 0.1")
+    print(f"The reward model took {time.time() - start_time:.0f} s, held-out accuracy {accuracy}; saved to {output_dir}. "
+          "Next: python ppo_rlhf.py --beta 0.1")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ import hashlib
 import json
 import math
 import os
+import platform
+import shlex
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -235,6 +238,18 @@ def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
              f"{path}, for torch.load", status=1)  # fmt: skip
 
 
+def write_card(args, auto_class, facts):  # [shared]
+    """README.md beside the weights: how they were made, from what, what came out, how to load them."""
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent.resolve()))} rev-parse HEAD 2>/dev/null")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    (Path(args.output_dir) / "README.md").write_text(
+        f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {Path(args.output_dir).resolve().name}\n\nMade by\n\n"
+        f"    {shlex.join(['python', *sys.argv])}\n\nwith {versions}; code at commit {commit or 'unknown'}; all flags are in "
+        "args.json.\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items()) + "\n```python\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\nmodel = {auto_class}.from_pretrained({args.output_dir!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})\n```\n", encoding="utf-8")  # fmt: skip
+
+
 def encode(tokenizer, template, prompt, completion=""):  # [shared]
     """(prompt ids, completion ids that end with EOS): tokenized apart and joined as ids, in every stage alike.
 
@@ -402,7 +417,8 @@ def main(args):
     if args.track:
         import wandb
 
-        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True)
+        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True, resume="allow",
+                   id=state["wandb"] if state else None)  # fmt: skip
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"SFT: {num_parameters / 1e6:.2f}M parameters on {device}, {len(lengths)} demonstrations, {total_steps} steps")
 
@@ -456,8 +472,11 @@ def main(args):
             tqdm.write(f"step {step}: held-out loss {metrics['loss/test']:.3f} nats a token")
             prompts = [prompt for prompt, _ in shown]
             responses = sample(model, tokenizer, prompts, args.temperature, args.max_new_tokens, args.seed)
-            for prompt, response in zip(prompts, responses):
-                tqdm.write(f"    {tokenizer.decode(prompt)!r} ->{tokenizer.decode(response)}")
+            samples = [[tokenizer.decode(prompt), tokenizer.decode(response)] for prompt, response in zip(prompts, responses)]
+            for prompt, response in samples:
+                tqdm.write(f"    {prompt!r} ->{response}")
+            if args.track:
+                wandb.log({"samples": wandb.Table(columns=["prompt", "response"], data=samples)}, step=step, commit=False)
             model.train()
         if metrics:
             metrics_file.write(json.dumps(metrics) + "\n")
@@ -469,6 +488,7 @@ def main(args):
             save_checkpoint(args, step, [metrics_file], {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "inputs": inputs, "tokens_seen": tokens_seen,
                 "running_loss": torch.tensor(running_loss), "seconds": time.time() - start_time,
+                "wandb": wandb.run.id if args.track else None,
             })  # fmt: skip
         if signals:
             print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
@@ -480,9 +500,13 @@ def main(args):
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     metrics_file.close()
+    evaluations = [row for row in map(json.loads, open(output_dir / "metrics.jsonl")) if "loss/test" in row]
+    loss = f"{evaluations[0]['loss/test']:.3f} -> {evaluations[-1]['loss/test']:.3f} nats a token"
+    write_card(args, "AutoModelForCausalLM", {"base model": args.model_name_or_path, "demonstrations": args.dataset_name,
+                                              "optimizer steps": total_steps, "held-out loss": loss})  # fmt: skip
     if args.track:
         wandb.finish()
-    print(f"SFT took {time.time() - start_time:.0f} s; saved to {output_dir}. Next: python reward_model.py")
+    print(f"SFT took {time.time() - start_time:.0f} s, held-out loss {loss}; saved to {output_dir}. Next: python reward_model.py")
 
 
 if __name__ == "__main__":
