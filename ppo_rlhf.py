@@ -8,8 +8,9 @@ judge the answers, (3) rewards become advantages, (4) a few epochs of clipped po
 where the KL is the leash: without it the policy drifts to whatever the reward model, which is only a model, mistakes
 for quality (Gao et al. 2022), and forgets how to write.
 
-    python ppo_rlhf.py --beta 0.1                                     # the shipped task, after the first two stages
-    python ppo_rlhf.py --sft_model_path my_sft/ --reward_model_path my_rm/ --dataset_name my_prompts/
+    python ppo_rlhf.py --beta 0.1      # the shipped task, after the first two stages
+    python ppo_rlhf.py --sft_model_path my_sft/ --reward_model_path my_rm/ \\
+        --dataset_name my_prompts/ --learning_rate 3e-6
 
 Reads   runs/sft, runs/reward_model and data/prompts/{train,test}.jsonl with the column `prompt`.
 Writes  runs/ppo: the policy and its tokenizer, value_head.safetensors, metrics.jsonl, samples.jsonl, args.json and
@@ -937,7 +938,7 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.partition("\nReads ")[0]))
     except torch.OutOfMemoryError as error:
         fail(f"out of GPU memory: a smaller --per_device_train_batch_size, --gradient_checkpointing or a smaller --max_new_tokens helps; then --resume ({str(error).splitlines()[0]})", status=1)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written

@@ -327,7 +327,7 @@ def ppo_args(ppo, spec):
         total_episodes=spec["episodes"] * (1 + spec["updates"]), batch_size=spec["episodes"], max_new_tokens=spec["response_length"],
         temperature=spec["temperature"], beta=spec["beta"], missing_eos_penalty=spec["missing_eos_penalty"],
         learning_rate=spec["learning_rate"], num_ppo_epochs=spec["epochs"], num_mini_batches=spec["minibatches"],
-        per_device_train_batch_size=spec["micro_batch"], eval_steps=10**9,
+        per_device_train_batch_size=spec["micro_batch"], eval_steps=10**9, save_steps=10**9, overwrite=True,
     )  # fmt: skip
 
 
@@ -375,8 +375,15 @@ def ours(spec):
     torch, starts, watched = ppo.torch, [], []
     cuda = spec["device"] == "cuda"
 
-    class Timed(ppo.tqdm):  # its loop is the loop over updates, so whole updates can be timed, logging included
+    class Timed(ppo.tqdm):  # the loop over updates runs through one, so whole updates can be timed, logging included
+        def __init__(self, *args, desc=None, **kwargs):
+            self.over_updates = desc == "ppo"  # and not over the steps of a phase
+            super().__init__(*args, desc=desc, **kwargs)
+
         def __iter__(self):
+            if not self.over_updates:
+                yield from super().__iter__()
+                return
             for update in super().__iter__():
                 starts.append(ppo.now(torch.device(spec["device"])))
                 if spec.get("watch"):
@@ -404,6 +411,7 @@ def ours(spec):
 def phases(ppo, on_mark):
     """Call on_mark(update, phase that ended) at ppo_rlhf.py's four clock readings an update."""
     names, count, now = ("between", "rollout", "score", "update"), [0], ppo.now
+    ppo.matmul_flops = lambda device: 1e15  # it reads the clock too
 
     def marked(device):
         on_mark(count[0] // 4 + 1, names[count[0] % 4] if count[0] else "load")

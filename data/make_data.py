@@ -21,7 +21,7 @@ SEED = 1
 
 # Rows for each of the 360 train and 120 test prompts. Together the files stay under 4 MB.
 DEMONSTRATIONS_PER_PROMPT = {"train": 8, "test": 2}
-PAIRS_PER_PROMPT = {"train": 27, "test": 5}
+PAIRS_PER_PROMPT = {"train": 25, "test": 10}
 
 
 class Style(NamedTuple):
