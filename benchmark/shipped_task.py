@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
     "beta 0.1": ["--beta", "0.1"],
     "beta 1.0": ["--beta", "1.0"],
-    "beta 0.1, long": ["--beta", "0.1", "--total_episodes", "15360"],
-    "beta 0, long": ["--beta", "0", "--total_episodes", "15360"],
+    "beta 0.1, long": ["--beta", "0.1", "--total_episodes", "10240"],
+    "beta 0, long": ["--beta", "0", "--total_episodes", "10240"],
 }
 
 
@@ -30,7 +30,8 @@ def stage(script, folder, *flags):
     if not done.exists():
         start = time.time()
         with open(folder.parent / f"{folder.name}.log", "w") as log:
-            subprocess.run([sys.executable, script, "--output_dir", folder, *flags], cwd=ROOT, check=True, stdout=log, stderr=log)
+            command = [sys.executable, script, "--output_dir", folder, "--resume", *flags]  # goes on if it was stopped
+            subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
         done.write_text(str(time.time() - start))
     return float(done.read_text())
 
