@@ -70,6 +70,10 @@ class Args:
     """a sequence-classification model with one label and the same tokenizer: a local folder or a Hub name"""
     dataset_name: str = "data/prompts"
     """a Hub name or a local folder with train.jsonl and test.jsonl; column `prompt`"""
+    dataset_train_split: str = "train"
+    """the split to train on; slices as in `datasets` work, `train[:10%]`"""
+    dataset_test_split: str = "test"
+    """the held-out split; for a data set without one, `train[-500:]`, with `train[:-500]` to train on"""
     output_dir: str = "runs/ppo"
     """where the policy, metrics.jsonl and eval.jsonl go"""
     prompt_template: str = "Prompt: {prompt}\nResponse:"
@@ -681,7 +685,8 @@ def main(args):
     # ============================================================================================================
     # Prompts
     # ============================================================================================================
-    rows = {split: load_rows(args.dataset_name, split, ["prompt"]) for split in ("train", "test")}
+    splits = {"train": args.dataset_train_split, "test": args.dataset_test_split}
+    rows = {split: load_rows(args.dataset_name, name, ["prompt"]) for split, name in splits.items()}
     data = {}
     for split, examples in rows.items():
         encoded = [(row["prompt"], encode(tokenizer, args.prompt_template, row["prompt"])[0]) for row in examples]

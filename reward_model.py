@@ -48,6 +48,10 @@ class Args:
     """the SFT model that the reward model starts from; its own samples set the scale of the scores"""
     dataset_name: str = "data/preferences"
     """a Hub name or a local folder with train.jsonl and test.jsonl; columns `prompt`, `chosen`, `rejected`"""
+    dataset_train_split: str = "train"
+    """the split to train on; slices as in `datasets` work, `train[:10%]`"""
+    dataset_test_split: str = "test"
+    """the held-out split; for a data set without one, `train[-500:]`, with `train[:-500]` to train on"""
     output_dir: str = "runs/reward_model"
     """where the model, its tokenizer and metrics.jsonl go"""
     prompt_template: str = "Prompt: {prompt}\nResponse:"
@@ -399,8 +403,8 @@ def main(args):
 
     # 2. Pairs
     data, prompts = {}, {}  # prompts: those of the training pairs, each once, in order
-    for split in ("train", "test"):
-        rows = load_rows(args.dataset_name, split, ["chosen", "rejected"])
+    for split, name in (("train", args.dataset_train_split), ("test", args.dataset_test_split)):
+        rows = load_rows(args.dataset_name, name, ["chosen", "rejected"])
         data[split] = []
         for row in rows:
             sides = [(row["prompt"], row[side]) if row.get("prompt") else split_dialogue(row[side]) for side in ("chosen", "rejected")]

@@ -48,6 +48,10 @@ class Args:
     made from the data set, so that the first run needs no download"""
     dataset_name: str = "data/demonstrations"
     """a Hub name or a local folder with train.jsonl and test.jsonl; columns `prompt` and `completion`"""
+    dataset_train_split: str = "train"
+    """the split to train on; slices as in `datasets` work, `train[:10%]`"""
+    dataset_test_split: str = "test"
+    """the held-out split; for a data set without one, `train[-500:]`, with `train[:-500]` to train on"""
     output_dir: str = "runs/sft"
     """where model, tokenizer and metrics.jsonl go"""
     prompt_template: str = "Prompt: {prompt}\nResponse:"
@@ -364,7 +368,8 @@ def main(args):
     # 1. Data and model
     state = load_checkpoint(args, ["output_dir", "logging_steps", "eval_steps", "track", "save_steps", "save_total_limit",
                                    "resume", "overwrite", "gradient_checkpointing"])  # fmt: skip
-    rows = {split: load_rows(args.dataset_name, split, ["prompt", "completion"]) for split in ("train", "test")}
+    splits = {"train": args.dataset_train_split, "test": args.dataset_test_split}
+    rows = {split: load_rows(args.dataset_name, name, ["prompt", "completion"]) for split, name in splits.items()}
     if args.model_name_or_path == "scratch":
         texts = [args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}" for r in rows["train"]]
         model, tokenizer = model_from_scratch(args, texts)
