@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -38,7 +39,7 @@ import transformers
 import tyro
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Args:
     """tokens of prompt and answer together; pairs with a longer side are left out, and counted"""
 
     # ---- optimization ----
-    learning_rate: float = 5e-4
+    learning_rate: float = 8e-4
     """peak of AdamW's learning rate; right for the small model of the shipped task. A pre-trained model wants 1e-5"""
     num_train_epochs: int = 2
     """passes over the pairs; a third one learnt the noise of the labels by heart"""
@@ -77,9 +78,9 @@ class Args:
     lm_coef: float = 1.0
     """weight of the language-model loss on the chosen side, prompt and answer. One bit a pair is little to hold on to: with it the trunk
     keeps its language, and the held-out accuracy gained 1 to 2 points (as in Cobbe et al. 2021)"""
-    center_coef: float = 0.002
+    center_coef: float = 0.003
     """weight of (score(chosen) + score(rejected))^2. The pairwise loss leaves every prompt an offset of its own, which
-    in stage 3 is noise on top of every advantage (Eisenstein et al. 2023). Five times as much costs accuracy: it shrinks
+    in stage 3 is noise on top of every advantage (Eisenstein et al. 2023). Three times as much costs accuracy: it shrinks
     the margins too"""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay"""
@@ -124,45 +125,67 @@ class Args:
 
 def fail(message, status=2):  # [shared]
     """Bad input ends here: one line that says what, where and how to mend it; exit status 2, no traceback."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     raise SystemExit(status)
 
 
+def no_text(string):  # [shared]
+    """A match if the string is blank, or holds NUL or half of a surrogate pair, which no tokenizer takes, else None."""
+    return re.search(r"\A\s*\Z|[\0\ud800-\udfff]", string)
+
+
 def check_flags(args, positive):  # [shared]
-    """Every number finite and not negative, those named in `positive` above zero, the template with its slot."""
+    """Every number below 2**31 and not negative, those named in `positive` above 0; every string text, the template with
+    its slot."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not (0 < value if name in positive else 0 <= value) or value == math.inf:
-            fail(f"--{name} {value}: must be a finite number {'above' if name in positive else 'of at least'} 0")
+        if isinstance(value, str) and no_text(value):
+            fail(f"--{name} {value!r}: is blank, or no text; give it text")
+        if isinstance(value, (int, float)) and not (0 < value < 2**31 if name in positive else 0 <= value < 2**31):
+            fail(f"--{name} {value}: must be a number {'above' if name in positive else 'of at least'} 0, and below 2**31")
     if "{prompt}" not in args.prompt_template:
         fail(f"--prompt_template {args.prompt_template!r}: has no {{prompt}} in it")
 
 
-def load_rows(name, split, columns):  # [shared]
-    """One split of a Hub data set, or of a local folder with `{split}.jsonl`, as a list of dicts.
+def load_rows(name, split, columns, optional=()):  # [shared]
+    """One split of a local folder with `{split}.jsonl`, or of whatever else `datasets` can load, as a list of dicts.
 
-    Every row must have every one of `columns`, as a string that is not blank or a list of chat messages."""
+    In every row, every one of `columns`, and of `optional` if it is there, is text or a list of chat messages."""
+    path, rows = Path(name) / f"{split.partition('[')[0]}.jsonl", {}  # rows: {where it stands: what it holds}
     try:
-        rows = datasets.load_dataset(name, split=split).to_list()
-    except Exception as error:  # the library has a dozen types for this; the file and the line are what helps
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        for path in sorted(Path(name).glob(f"{split}*.jsonl")):
+        if path.is_file():  # read here, as it is: `datasets` makes dates of some texts, and counts no lines
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
-                    json.loads(line)
-                except ValueError as malformed:
-                    fail(f"{path}:{number}: this line is not JSON ({malformed}); mend or remove it")
+                    if line.strip():
+                        rows[f"{path}:{number}"] = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    fail(f"{path}:{number}: this line is not JSON ({error}); mend or remove it")
+            if "[" in split:
+                (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({path.stem: len(rows)})
+                rows = dict(list(rows.items())[part.from_ : part.to])
+        else:
+            examples = datasets.load_dataset(name, split=split).to_list()
+            rows = {f"{name}, {split} row {number}": row for number, row in enumerate(examples, 1)}
+    except Exception as error:  # the library has a dozen types for this
+        reason = (str(error.__cause__ or error) or type(error).__name__)[:200]
         fail(f"--dataset_name {name}: no `{split}` split could be read ({reason}); give a folder "
-             f"with {split}.jsonl or the name of a data set on the Hub")  # fmt: skip
+             f"with {path.name}, one JSON object a line, or the name of a data set on the Hub")  # fmt: skip
     if not rows:
         fail(f"--dataset_name {name}: its `{split}` split is empty")
-    for column in columns:
-        if column not in rows[0]:
-            fail(f"--dataset_name {name}: `{split}` has no column `{column}`, only {sorted(rows[0])}; rename one")
-        for number, row in enumerate(rows, 1):
+    for where, row in rows.items():
+        for column in columns:
+            if not isinstance(row, dict) or column not in row:
+                found = sorted(row) if isinstance(row, dict) else row
+                fail(f"{where}: no column `{column}`, only {found!r:.200}; rename one")
+        for column in [*columns, *(column for column in optional if column in row)]:
             value = row[column]
-            if not (value.strip() if isinstance(value, str) else isinstance(value, list) and value):
-                fail(f"{name}, {split} row {number}: `{column}` is {str(value)[:40]!r}; give it text or chat messages")
-    return rows
+            try:
+                texts = [value] if isinstance(value, str) else [message[key] for message in value for key in ("role", "content")]
+                wrong = no_text(texts[-1]) or no_text("".join(texts))
+            except (TypeError, LookupError):
+                fail(f"{where}: `{column}` is {value!r:.60}; give it text, or chat messages, each with a `role` and a `content`")
+            if wrong:
+                fail(f"{where}: `{column}` holds {wrong[0]!r:.60}, which is no text; mend or remove it")
+    return list(rows.values())
 
 
 def checksum(path):  # [shared]
@@ -264,16 +287,46 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
     Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
     prompt that was tokenized alone, would never see those tokens again."""
     completion = completion if isinstance(completion, str) else completion[-1]["content"]
-    if isinstance(prompt, str):
-        prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
-        completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
-    elif tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        fail("the prompts are chat messages, but this model's tokenizer has no chat template; give prompts as text")
-    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    try:
+        if isinstance(prompt, str):
+            prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
+            completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
+        else:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+        completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        if not prompt_ids:
+            raise ValueError("no token comes out: are the tokenizer's files complete?")
+    except Exception as error:  # no chat template, or one that refuses these roles; a character that no token has
+        fail(f"the tokenizer of {tokenizer.name_or_path} cannot encode the prompt {prompt!r:.80} ({str(error)[:200]}); mend it "
+             "there, or give prompts as text: chat messages need a chat template that takes them")  # fmt: skip
     return prompt_ids, completion_ids
+
+
+def load_pretrained(auto_class, path, flag, edit_config=lambda config: None, new_weights=()):  # [shared]
+    """(model, tokenizer) in float32, from a folder or the Hub: whole but for `new_weights`, and made for each other."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        edit_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
+                                                 ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+        last_id, num_embeddings = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    except Exception as error:  # the libraries have dozens of types for this
+        fail(f"{flag} {path}: no model could be loaded ({(str(error) or type(error).__name__)[:200]}); give a folder that "
+             "save_pretrained wrote, with weights as safetensors, or a name on the Hub")  # fmt: skip
+    unexpected = {"score.weight"} & info["unexpected_keys"]  # of a classifier, which is no language model
+    wrong = info["missing_keys"] - {*new_weights} | {name for name, *_ in info["mismatched_keys"]} | unexpected
+    if wrong:
+        fail(f"{flag} {path}: is no {auto_class.__name__[len('AutoModelFor'):]}: missing, unexpected or of another shape are "
+             f"{sorted(wrong)[:4]}; name another")  # fmt: skip
+    if last_id >= num_embeddings:
+        fail(f"{flag} {path}: its tokenizer has ids up to {last_id}, its model {num_embeddings} embeddings; give it its own tokenizer")
+    if tokenizer.eos_token_id is None:
+        fail(f"{flag} {path}: its tokenizer has no EOS token, so no answer could end; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
+    return model, tokenizer
 
 
 def pad(rows, value, device):  # [shared]
@@ -384,14 +437,11 @@ def main(args):
     # 1. Model: the SFT model's trunk with a new scalar head
     if args.model_name_or_path == "runs/sft" and not Path("runs/sft/config.json").exists():
         fail("there is no SFT model in runs/sft yet: `python sft.py` makes it (or name one: --model_name_or_path)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        sft = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32).to(device).eval()
-        model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, num_labels=1, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        fail(f"--model_name_or_path {args.model_name_or_path}: no model could be loaded ({str(error).splitlines()[0]})")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
+    path, flag = args.model_name_or_path, "--model_name_or_path"
+    sft, tokenizer = load_pretrained(AutoModelForCausalLM, path, flag)
+    sft.to(device).eval()
+    model, _ = load_pretrained(AutoModelForSequenceClassification, path, flag, lambda config: setattr(config, "num_labels", 1),
+                               new_weights=["score.weight"])  # fmt: skip
     model.config.pad_token_id = tokenizer.pad_token_id
     # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252); a head
     # that starts large saturates the sigmoid before the trunk has learnt anything.
@@ -404,23 +454,31 @@ def main(args):
     # 2. Pairs
     data, prompts = {}, {}  # prompts: those of the training pairs, each once, in order
     for split, name in (("train", args.dataset_train_split), ("test", args.dataset_test_split)):
-        rows = load_rows(args.dataset_name, name, ["chosen", "rejected"])
-        data[split] = []
+        rows = load_rows(args.dataset_name, name, ["chosen", "rejected"], optional=["prompt"])
+        data[split], left_out = [], []
         for row in rows:
-            sides = [(row["prompt"], row[side]) if row.get("prompt") else split_dialogue(row[side]) for side in ("chosen", "rejected")]
-            template = args.prompt_template if row.get("prompt") else "{prompt}"  # a dialogue brings its own turns
+            sides = [(row["prompt"], row[side]) if "prompt" in row else split_dialogue(row[side]) for side in ("chosen", "rejected")]
+            template = args.prompt_template if "prompt" in row else "{prompt}"  # a dialogue brings its own turns
             if not sides[0][0] or not sides[1][0]:
-                fail(f"{args.dataset_name}, {split}: without a `prompt` column, every dialogue needs a last turn that begins "
-                     f"with '\\n\\nAssistant:'; this one has none: {str(row['chosen'])[:60]!r}")  # fmt: skip
+                fail(f"{args.dataset_name}, {split}: without a `prompt` column, every dialogue needs a prompt before its last reply, "
+                     f"in text one that ends with '\\n\\nAssistant:'; this one has none: {row['chosen']!r:.60}")  # fmt: skip
             (prompt, chosen), (rejected_prompt, rejected) = [encode(tokenizer, template, *side) for side in sides]
-            if max(len(prompt + chosen), len(rejected_prompt + rejected)) <= args.max_length:
-                data[split].append((prompt + chosen, rejected_prompt + rejected))
+            pair = prompt + chosen, rejected_prompt + rejected
+            if pair[0] == pair[1]:
+                left_out.append("with two equal sides")
+            elif any(isinstance(answer, str) and not answer.strip() for _, answer in sides):
+                left_out.append("with an empty answer")
+            elif max(map(len, pair)) > args.max_length:
+                left_out.append("longer than --max_length")
+            else:
+                data[split].append(pair)
                 if split == "train":
                     prompts[tuple(prompt)] = None
-        if len(data[split]) < len(rows):
-            print(f"{split}: left out {len(rows) - len(data[split])} of {len(rows)} pairs, longer than --max_length")
+        reasons = ", ".join(f"{left_out.count(reason)} {reason}" for reason in sorted({*left_out}))
+        if left_out:
+            print(f"{split}: left out {len(left_out)} of {len(rows)} pairs: {reasons}")
         if not data[split]:
-            fail(f"--max_length {args.max_length}: every pair of `{split}` has a longer side; raise it")
+            fail(f"--max_length {args.max_length}: no pair of `{split}` is left of {len(rows)}: {reasons}; raise it, or mend them")
 
     context = getattr(model.config, "max_position_embeddings", math.inf)
     longest = max(len(side) for pairs in data.values() for pair in pairs for side in pair)

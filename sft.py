@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -37,7 +38,7 @@ import transformers
 import tyro
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 @dataclass
@@ -121,45 +122,67 @@ class Args:
 
 def fail(message, status=2):  # [shared]
     """Bad input ends here: one line that says what, where and how to mend it; exit status 2, no traceback."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     raise SystemExit(status)
 
 
+def no_text(string):  # [shared]
+    """A match if the string is blank, or holds NUL or half of a surrogate pair, which no tokenizer takes, else None."""
+    return re.search(r"\A\s*\Z|[\0\ud800-\udfff]", string)
+
+
 def check_flags(args, positive):  # [shared]
-    """Every number finite and not negative, those named in `positive` above zero, the template with its slot."""
+    """Every number below 2**31 and not negative, those named in `positive` above 0; every string text, the template with
+    its slot."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not (0 < value if name in positive else 0 <= value) or value == math.inf:
-            fail(f"--{name} {value}: must be a finite number {'above' if name in positive else 'of at least'} 0")
+        if isinstance(value, str) and no_text(value):
+            fail(f"--{name} {value!r}: is blank, or no text; give it text")
+        if isinstance(value, (int, float)) and not (0 < value < 2**31 if name in positive else 0 <= value < 2**31):
+            fail(f"--{name} {value}: must be a number {'above' if name in positive else 'of at least'} 0, and below 2**31")
     if "{prompt}" not in args.prompt_template:
         fail(f"--prompt_template {args.prompt_template!r}: has no {{prompt}} in it")
 
 
-def load_rows(name, split, columns):  # [shared]
-    """One split of a Hub data set, or of a local folder with `{split}.jsonl`, as a list of dicts.
+def load_rows(name, split, columns, optional=()):  # [shared]
+    """One split of a local folder with `{split}.jsonl`, or of whatever else `datasets` can load, as a list of dicts.
 
-    Every row must have every one of `columns`, as a string that is not blank or a list of chat messages."""
+    In every row, every one of `columns`, and of `optional` if it is there, is text or a list of chat messages."""
+    path, rows = Path(name) / f"{split.partition('[')[0]}.jsonl", {}  # rows: {where it stands: what it holds}
     try:
-        rows = datasets.load_dataset(name, split=split).to_list()
-    except Exception as error:  # the library has a dozen types for this; the file and the line are what helps
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        for path in sorted(Path(name).glob(f"{split}*.jsonl")):
+        if path.is_file():  # read here, as it is: `datasets` makes dates of some texts, and counts no lines
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
-                    json.loads(line)
-                except ValueError as malformed:
-                    fail(f"{path}:{number}: this line is not JSON ({malformed}); mend or remove it")
+                    if line.strip():
+                        rows[f"{path}:{number}"] = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    fail(f"{path}:{number}: this line is not JSON ({error}); mend or remove it")
+            if "[" in split:
+                (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({path.stem: len(rows)})
+                rows = dict(list(rows.items())[part.from_ : part.to])
+        else:
+            examples = datasets.load_dataset(name, split=split).to_list()
+            rows = {f"{name}, {split} row {number}": row for number, row in enumerate(examples, 1)}
+    except Exception as error:  # the library has a dozen types for this
+        reason = (str(error.__cause__ or error) or type(error).__name__)[:200]
         fail(f"--dataset_name {name}: no `{split}` split could be read ({reason}); give a folder "
-             f"with {split}.jsonl or the name of a data set on the Hub")  # fmt: skip
+             f"with {path.name}, one JSON object a line, or the name of a data set on the Hub")  # fmt: skip
     if not rows:
         fail(f"--dataset_name {name}: its `{split}` split is empty")
-    for column in columns:
-        if column not in rows[0]:
-            fail(f"--dataset_name {name}: `{split}` has no column `{column}`, only {sorted(rows[0])}; rename one")
-        for number, row in enumerate(rows, 1):
+    for where, row in rows.items():
+        for column in columns:
+            if not isinstance(row, dict) or column not in row:
+                found = sorted(row) if isinstance(row, dict) else row
+                fail(f"{where}: no column `{column}`, only {found!r:.200}; rename one")
+        for column in [*columns, *(column for column in optional if column in row)]:
             value = row[column]
-            if not (value.strip() if isinstance(value, str) else isinstance(value, list) and value):
-                fail(f"{name}, {split} row {number}: `{column}` is {str(value)[:40]!r}; give it text or chat messages")
-    return rows
+            try:
+                texts = [value] if isinstance(value, str) else [message[key] for message in value for key in ("role", "content")]
+                wrong = no_text(texts[-1]) or no_text("".join(texts))
+            except (TypeError, LookupError):
+                fail(f"{where}: `{column}` is {value!r:.60}; give it text, or chat messages, each with a `role` and a `content`")
+            if wrong:
+                fail(f"{where}: `{column}` holds {wrong[0]!r:.60}, which is no text; mend or remove it")
+    return list(rows.values())
 
 
 def checksum(path):  # [shared]
@@ -261,16 +284,46 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
     Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
     prompt that was tokenized alone, would never see those tokens again."""
     completion = completion if isinstance(completion, str) else completion[-1]["content"]
-    if isinstance(prompt, str):
-        prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
-        completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
-    elif tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        fail("the prompts are chat messages, but this model's tokenizer has no chat template; give prompts as text")
-    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    try:
+        if isinstance(prompt, str):
+            prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
+            completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
+        else:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+        completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        if not prompt_ids:
+            raise ValueError("no token comes out: are the tokenizer's files complete?")
+    except Exception as error:  # no chat template, or one that refuses these roles; a character that no token has
+        fail(f"the tokenizer of {tokenizer.name_or_path} cannot encode the prompt {prompt!r:.80} ({str(error)[:200]}); mend it "
+             "there, or give prompts as text: chat messages need a chat template that takes them")  # fmt: skip
     return prompt_ids, completion_ids
+
+
+def load_pretrained(auto_class, path, flag, edit_config=lambda config: None, new_weights=()):  # [shared]
+    """(model, tokenizer) in float32, from a folder or the Hub: whole but for `new_weights`, and made for each other."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        edit_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
+                                                 ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+        last_id, num_embeddings = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    except Exception as error:  # the libraries have dozens of types for this
+        fail(f"{flag} {path}: no model could be loaded ({(str(error) or type(error).__name__)[:200]}); give a folder that "
+             "save_pretrained wrote, with weights as safetensors, or a name on the Hub")  # fmt: skip
+    unexpected = {"score.weight"} & info["unexpected_keys"]  # of a classifier, which is no language model
+    wrong = info["missing_keys"] - {*new_weights} | {name for name, *_ in info["mismatched_keys"]} | unexpected
+    if wrong:
+        fail(f"{flag} {path}: is no {auto_class.__name__[len('AutoModelFor'):]}: missing, unexpected or of another shape are "
+             f"{sorted(wrong)[:4]}; name another")  # fmt: skip
+    if last_id >= num_embeddings:
+        fail(f"{flag} {path}: its tokenizer has ids up to {last_id}, its model {num_embeddings} embeddings; give it its own tokenizer")
+    if tokenizer.eos_token_id is None:
+        fail(f"{flag} {path}: its tokenizer has no EOS token, so no answer could end; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
+    return model, tokenizer
 
 
 def pad(rows, value, device):  # [shared]
@@ -358,8 +411,6 @@ def main(args):
     check_flags(args, ["max_length", "n_layer", "n_embd", "vocab_size", "learning_rate", "num_train_epochs", "max_grad_norm",
                        "temperature", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
                        "eval_steps", "save_steps", "save_total_limit", "max_new_tokens"])  # fmt: skip
-    if args.n_embd % 32:
-        fail(f"--n_embd {args.n_embd}: must be a multiple of 32, the width of a head")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
@@ -371,16 +422,15 @@ def main(args):
     splits = {"train": args.dataset_train_split, "test": args.dataset_test_split}
     rows = {split: load_rows(args.dataset_name, name, ["prompt", "completion"]) for split, name in splits.items()}
     if args.model_name_or_path == "scratch":
-        texts = [args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}" for r in rows["train"]]
+        size = args.n_embd * (12 * args.n_layer * args.n_embd + args.vocab_size + args.max_length + args.max_new_tokens)
+        if args.n_embd % 32 or args.vocab_size < 258 or size > 1e9:
+            fail(f"--n_embd {args.n_embd} must be a multiple of 32, the width of a head, --vocab_size {args.vocab_size} at least 258, "
+                 f"all bytes, pad and EOS, and the model, with {size / 1e9:.2g}B parameters, below 1B")  # fmt: skip
+        # Cut for the vocabulary alone: the trainer did not come back in ten minutes from a megabyte without a space.
+        texts = [(args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}")[:4096] for r in rows["train"]]
         model, tokenizer = model_from_scratch(args, texts)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            fail(f"--model_name_or_path {args.model_name_or_path}: no model could be loaded ({str(error).splitlines()[0]})")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
+        model, tokenizer = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, "--model_name_or_path")
     model.to(device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
