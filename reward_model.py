@@ -275,7 +275,7 @@ def write_card(args, auto_class, facts):  # [shared]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     (Path(args.output_dir) / "README.md").write_text(
         f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {Path(args.output_dir).resolve().name}\n\nMade by\n\n"
-        f"    {shlex.join(['python', *sys.argv])}\n\nwith {versions}; code at commit {commit or 'unknown'}; all flags are in "
+        f"```\n{shlex.join(['python', *sys.argv])}\n```\n\nwith {versions}; code at commit {commit or 'unknown'}; all flags are in "
         "args.json.\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items()) + "\n```python\n"
         f"from transformers import {auto_class}, AutoTokenizer\n\nmodel = {auto_class}.from_pretrained({args.output_dir!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})\n```\n", encoding="utf-8")  # fmt: skip
@@ -297,6 +297,8 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
         completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         if not prompt_ids:
             raise ValueError("no token comes out: are the tokenizer's files complete?")
+        if max(prompt_ids + completion_ids) >= getattr(tokenizer, "num_embeddings", math.inf):
+            raise ValueError(f"id {max(prompt_ids + completion_ids)}, but the model has {tokenizer.num_embeddings} embeddings")
     except Exception as error:  # no chat template, or one that refuses these roles; a character that no token has
         fail(f"the tokenizer of {tokenizer.name_or_path} cannot encode the prompt {prompt!r:.80} ({str(error)[:200]}); mend it "
              "there, or give prompts as text: chat messages need a chat template that takes them")  # fmt: skip
@@ -311,7 +313,7 @@ def load_pretrained(auto_class, path, flag, edit_config=lambda config: None, new
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
                                                  ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
-        last_id, num_embeddings = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+        tokenizer.num_embeddings = model.get_input_embeddings().num_embeddings  # for encode()
     except Exception as error:  # the libraries have dozens of types for this
         fail(f"{flag} {path}: no model could be loaded ({(str(error) or type(error).__name__)[:200]}); give a folder that "
              "save_pretrained wrote, with weights as safetensors, or a name on the Hub")  # fmt: skip
@@ -320,11 +322,9 @@ def load_pretrained(auto_class, path, flag, edit_config=lambda config: None, new
     if wrong:
         fail(f"{flag} {path}: is no {auto_class.__name__[len('AutoModelFor'):]}: missing, unexpected or of another shape are "
              f"{sorted(wrong)[:4]}; name another")  # fmt: skip
-    if last_id >= num_embeddings:
-        fail(f"{flag} {path}: its tokenizer has ids up to {last_id}, its model {num_embeddings} embeddings; give it its own tokenizer")
     if tokenizer.eos_token_id is None:
         fail(f"{flag} {path}: its tokenizer has no EOS token, so no answer could end; set its eos_token")
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.num_embeddings:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
     return model, tokenizer
 
@@ -442,7 +442,9 @@ def main(args):
     sft.to(device).eval()
     model, _ = load_pretrained(AutoModelForSequenceClassification, path, flag, lambda config: setattr(config, "num_labels", 1),
                                new_weights=["score.weight"])  # fmt: skip
-    model.config.pad_token_id = tokenizer.pad_token_id
+    # Stock classes read the score at the last token that is no pad. If pad is EOS they would read one token early, in silence;
+    # without a pad they read the last token, and refuse batches.
+    model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
     # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252); a head
     # that starts large saturates the sigmoid before the trunk has learnt anything.
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))

@@ -289,7 +289,6 @@ def test_a_reward_model_of_another_size_and_family(policy, judge, tmp_path):
     assert all(math.isfinite(value) for row in metrics for value in row.values())
 
 
-@pytest.mark.xfail(strict=True, reason="special_tokens_map is compared whole, with Qwen2Tokenizer's unk_token")
 @pytest.mark.parametrize("policy, judge", [("qwen2", "llama"), ("llama", "qwen2")])
 def test_two_classes_of_one_tokenizer(policy, judge, tmp_path):
     """The same tokenizer's files beside a Qwen 2 and beside a Llama: transformers reads them by two classes, of which one
@@ -408,7 +407,6 @@ def test_stock_classes_in_a_fresh_process(chain, tmp_path):
                 assert row == pytest.approx(other, abs=1e-5, rel=1e-5), name
 
 
-@pytest.mark.xfail(strict=True, reason="config.pad_token_id is EOS: the stock forward takes the last token for padding")
 @pytest.mark.parametrize("case", [case for case in CASES if case.pad != "own"], ids=str)
 def test_stock_scores_when_pad_is_eos(case, chain):
     """A tokenizer without a pad token gets EOS for one, and every answer ends with EOS. The stock class still reads its
@@ -433,7 +431,6 @@ def test_stock_scores_when_pad_is_eos(case, chain):
         torch.testing.assert_close(batch, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="config.json and generation_config.json keep the base model's EOS")
 def test_the_models_stop_where_their_tokenizer_says(tmp_path):
     """The tokenizer's eos_token was set to another than the base model's config has, as for a chat format: that is the
     EOS that answers end with in all three stages, so it is the one at which stock `generate` must stop."""
@@ -482,7 +479,6 @@ def test_model_card(stage, chain):
     assert names["tokenizer"].get_vocab() == make_tokenizer(CASES[2]).get_vocab()
 
 
-@pytest.mark.xfail(strict=True, reason="only the command's first line is indented")
 def test_the_command_in_the_card_is_one_block(chain):
     """A template with a line break makes a command of two lines: both stand in the card's code block. Catches Markdown
     that shows half a command as code and the rest as text."""
