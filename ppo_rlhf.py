@@ -707,7 +707,8 @@ def main(args):
             fail(f"there is no model in {path} yet: `{command}` makes it (or name one: {flag})")
     policy, tokenizer = load_model(AutoModelForCausalLM, args.sft_model_path, "--sft_model_path")
     reward_model, reward_tokenizer = load_model(AutoModelForSequenceClassification, args.reward_model_path, "--reward_model_path")
-    known = [(t.get_vocab(), t.eos_token_id) for t in (tokenizer, reward_tokenizer)]  # no other special token is read
+    # The same ids, the same end, and the same BOS, if any, before a text; no other special token is read.
+    known = [(t.get_vocab(), t.eos_token_id, t("").input_ids) for t in (tokenizer, reward_tokenizer)]
     if known[0] != known[1]:
         fail(f"{args.reward_model_path} has another tokenizer than {args.sft_model_path}: the reward model would read other "
              "words than were written; train it from this SFT model, or re-tokenize in reward_fn")  # fmt: skip

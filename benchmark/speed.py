@@ -298,7 +298,8 @@ def load_ppo(spec):
 def make_models(spec):
     """Policy and reward model with random weights, and a byte tokenizer.
 
-    The tokenizer's EOS has an id that the model cannot write, so every answer of every contender has full length."""
+    The tokenizer's EOS is one id of tens of thousands that random weights write alike, so nearly every answer of every
+    contender has full length."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -307,7 +308,7 @@ def make_models(spec):
     shape = SHAPES[spec["shape"]] if isinstance(spec["shape"], str) else spec["shape"]
     config = AutoConfig.for_model(**shape)
     vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab["<pad>"], vocab["<eos>"] = len(vocab), config.vocab_size
+    vocab["<pad>"], vocab["<eos>"] = len(vocab), config.vocab_size - 1
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")

@@ -276,6 +276,12 @@ def more_tokens(folder):
     tokenizer.save_pretrained(folder)
 
 
+def beginning(folder):
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    tokenizer.save_pretrained(folder)
+
+
 def words(folder):
     """A vocabulary of two words, without a token for what is unknown."""
     vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "hello": 1}))
@@ -355,7 +361,7 @@ REWARD_MODELS = {
     "truncated": (None, lambda folder: os.truncate(folder / "model.safetensors", 5000), ["--reward_model_path", "no model"]),
     "another vocabulary": (lambda: tiny_reward_model("gpt2", vocab_size=259), more_tokens, ["another tokenizer"]),
     "another EOS": (None, other_tokenizer(eos_token="!"), ["another tokenizer"]),
-    "another BOS": (None, other_tokenizer(bos_token="!"), ["another tokenizer"]),
+    "a BOS before every text": (None, beginning, ["another tokenizer"]),
     "no EOS": (None, other_tokenizer(eos_token=None), ["--reward_model_path", "EOS"]),
 }  # fmt: skip
 
