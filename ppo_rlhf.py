@@ -509,10 +509,12 @@ def save_checkpoint(args, step, logs, state):  # [shared]
             file.flush()
             os.fsync(file.fileno())
         (folder / "unfinished").replace(folder / f"{step:08}-{checksum(folder / 'unfinished')}.pt")
-    except (OSError, RuntimeError) as error:  # torch hides the reason of a failed write in the context of its own error
-        fail(f"step {step}: no checkpoint could be written to {folder} ({error.__context__ or error}); the last one is whole: "
+    except (OSError, RuntimeError) as error:
+        while error.__context__:  # torch hides the reason of a failed write in the context of its own error, or deeper
+            error = error.__context__
+        fail(f"step {step}: no checkpoint could be written to {folder} ({error}); the last one is whole: "
              "make room, then --resume", status=1)  # fmt: skip
-    for path in sorted(folder.glob("*.pt"))[: -args.save_total_limit]:
+    for path in sorted(folder.glob("*.pt"), key=os.path.getmtime)[: -args.save_total_limit]:  # a later step may be damaged
         path.unlink()
 
 
@@ -537,6 +539,14 @@ def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
         torch.save({**tensors, **batch}, path)
         fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, the last checkpoint is whole; the batch is in "
              f"{path}, for torch.load", status=1)  # fmt: skip
+
+
+def fingerprint(data, *models):  # [shared]
+    """A number that changes with the data and with every weight: a run goes on only with what it began with."""
+    crc = zlib.crc32(repr(data).encode())
+    for tensor in [tensor for model in models for tensor in model.state_dict().values()]:
+        crc = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def write_card(args, auto_class, facts):  # [shared]
@@ -755,7 +765,8 @@ def main(args):
     check_model(policy.eval(), [by_length[0], by_length[-1]], T, tokenizer.pad_token_id, f"--sft_model_path {args.sft_model_path}")
 
     first_update, seconds = 1, 0.0
-    inputs = zlib.crc32(repr((data, *(m.get_input_embeddings().weight[:4].tolist() for m in (reference, reward_model)))).encode())
+    scale = (reward_model.config.reward_mean, reward_model.config.reward_std)
+    inputs = fingerprint((data, scale), reference, reward_model)
     if state:
         if state["inputs"] != inputs:
             fail("--resume: prompts, SFT model or reward model are not what this run began with; restore them, or --overwrite")
@@ -873,7 +884,7 @@ def main(args):
                 stats[k, :8] += (seen.detach() * m).sum((1, 2)) / num_tokens
             stats[k, 8] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             stop_if_nonfinite(args, f"update {update}, minibatch {k + 1}", {"loss": stats[k, :8], "gradient norm": stats[k, 8]},
-                              {"sequences": sequences[minibatch], "lengths": lengths[minibatch], **judged})  # fmt: skip
+                              {"sequences": sequences, "lengths": lengths, "minibatch": minibatch, **judged})  # fmt: skip
             optimizer.step()
             optimizer.zero_grad()
         if sampler is not policy:
@@ -938,12 +949,13 @@ def main(args):
             tqdm.write(f"update {update}/{num_updates}: score {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.2f} "
                        f"nats, length {metrics['response_length']:.1f}\n    {batch[i][0]} -> {text} "
                        f"(score {scores[i]:.2f}, KL {episode_kl[i]:.2f})")  # fmt: skip
-        if update % args.save_steps == 0 or update == num_updates or signals:
+        stop = bool(signals)  # asked once: a signal may come between two lines
+        if update % args.save_steps == 0 or update == num_updates or stop:
             save_checkpoint(args, update, [metrics_file, samples_file], {
                 "policy": policy.state_dict(), "value_head": value_head.state_dict(), "optimizer": optimizer.state_dict(),
                 "inputs": inputs, "seconds": time.time() - start_time, "wandb": wandb.run.id if args.track else None,
             })  # fmt: skip
-        if signals:
+        if stop:
             print(f"stopped after update {update}: the same command with --resume goes on", file=sys.stderr)
             raise SystemExit(128 + signals[0])
     signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on at once
@@ -1002,6 +1014,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.partition("\nReads ")[0]))
     except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory: a smaller --per_device_train_batch_size, --gradient_checkpointing or a smaller --max_new_tokens helps; then --resume ({str(error).splitlines()[0]})", status=1)
+        fail(f"out of GPU memory: --resume with --gradient_checkpointing or a smaller --per_device_train_batch_size goes on; a smaller --max_new_tokens makes another run: --overwrite ({str(error).splitlines()[0]})", status=1)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
         fail(f"{error}; the last checkpoint is whole: mend it, then --resume", status=1)

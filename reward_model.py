@@ -239,10 +239,12 @@ def save_checkpoint(args, step, logs, state):  # [shared]
             file.flush()
             os.fsync(file.fileno())
         (folder / "unfinished").replace(folder / f"{step:08}-{checksum(folder / 'unfinished')}.pt")
-    except (OSError, RuntimeError) as error:  # torch hides the reason of a failed write in the context of its own error
-        fail(f"step {step}: no checkpoint could be written to {folder} ({error.__context__ or error}); the last one is whole: "
+    except (OSError, RuntimeError) as error:
+        while error.__context__:  # torch hides the reason of a failed write in the context of its own error, or deeper
+            error = error.__context__
+        fail(f"step {step}: no checkpoint could be written to {folder} ({error}); the last one is whole: "
              "make room, then --resume", status=1)  # fmt: skip
-    for path in sorted(folder.glob("*.pt"))[: -args.save_total_limit]:
+    for path in sorted(folder.glob("*.pt"), key=os.path.getmtime)[: -args.save_total_limit]:  # a later step may be damaged
         path.unlink()
 
 
@@ -267,6 +269,14 @@ def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
         torch.save({**tensors, **batch}, path)
         fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, the last checkpoint is whole; the batch is in "
              f"{path}, for torch.load", status=1)  # fmt: skip
+
+
+def fingerprint(data, *models):  # [shared]
+    """A number that changes with the data and with every weight: a run goes on only with what it began with."""
+    crc = zlib.crc32(repr(data).encode())
+    for tensor in [tensor for model in models for tensor in model.state_dict().values()]:
+        crc = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def write_card(args, auto_class, facts):  # [shared]
@@ -459,11 +469,12 @@ def main(args):
         rows = load_rows(args.dataset_name, name, ["chosen", "rejected"], optional=["prompt"])
         data[split], left_out = [], []
         for row in rows:
-            sides = [(row["prompt"], row[side]) if "prompt" in row else split_dialogue(row[side]) for side in ("chosen", "rejected")]
+            sides = row["chosen"], row["rejected"]
+            sides = [(row["prompt"], side) if "prompt" in row else split_dialogue(side) for side in sides]
             template = args.prompt_template if "prompt" in row else "{prompt}"  # a dialogue brings its own turns
             if not sides[0][0] or not sides[1][0]:
-                fail(f"{args.dataset_name}, {split}: without a `prompt` column, every dialogue needs a prompt before its last reply, "
-                     f"in text one that ends with '\\n\\nAssistant:'; this one has none: {row['chosen']!r:.60}")  # fmt: skip
+                fail(f"{args.dataset_name}, {split}: without a `prompt` column, every dialogue needs a prompt before its last "
+                     f"reply, in text one that ends with '\\n\\nAssistant:'; this one has none: {row['chosen']!r:.60}")  # fmt: skip
             (prompt, chosen), (rejected_prompt, rejected) = [encode(tokenizer, template, *side) for side in sides]
             pair = prompt + chosen, rejected_prompt + rejected
             if pair[0] == pair[1]:
@@ -480,7 +491,7 @@ def main(args):
         if left_out:
             print(f"{split}: left out {len(left_out)} of {len(rows)} pairs: {reasons}")
         if not data[split]:
-            fail(f"--max_length {args.max_length}: no pair of `{split}` is left of {len(rows)}: {reasons}; raise it, or mend them")
+            fail(f"--max_length {args.max_length}: no pair of `{split}` is left of {len(rows)}: {reasons}; raise it or mend them")
 
     context = getattr(model.config, "max_position_embeddings", math.inf)
     longest = max(len(side) for pairs in data.values() for pair in pairs for side in pair)
@@ -499,7 +510,7 @@ def main(args):
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True  # one kernel, not hundreds
     )
     first_step, seconds, running_loss, running_accuracy = 1, 0.0, [], []
-    inputs = zlib.crc32(repr((data, sft.get_input_embeddings().weight[:4].tolist())).encode())
+    inputs = fingerprint(data, sft)
     if state:
         if state["inputs"] != inputs:
             fail("--resume: the pairs or the SFT model are not what this run began with; restore them, or --overwrite")
@@ -572,13 +583,14 @@ def main(args):
             progress.set_postfix(loss=f"{metrics.get('loss/train', metrics.get('eval/loss')):.3f}")
             if args.track:
                 wandb.log(metrics, step=step)
-        if step % args.save_steps == 0 or step == total_steps or signals:
+        stop = bool(signals)  # asked once: a signal may come between two lines
+        if step % args.save_steps == 0 or step == total_steps or stop:
             save_checkpoint(args, step, [metrics_file], {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "inputs": inputs,
                 "running": [torch.tensor(running_loss), torch.tensor(running_accuracy)], "seconds": time.time() - start_time,
                 "wandb": wandb.run.id if args.track else None,
             })  # fmt: skip
-        if signals:
+        if stop:
             print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
             raise SystemExit(128 + signals[0])
 
@@ -626,6 +638,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.partition("\nReads ")[0]))
     except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing or a smaller --max_length helps; then --resume ({str(error).splitlines()[0]})", status=1)
+        fail(f"out of GPU memory: --resume with --gradient_checkpointing goes on; a smaller --per_device_train_batch_size with more --gradient_accumulation_steps or a smaller --max_length makes another run: --overwrite ({str(error).splitlines()[0]})", status=1)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
         fail(f"{error}; the last checkpoint is whole: mend it, then --resume", status=1)

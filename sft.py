@@ -236,10 +236,12 @@ def save_checkpoint(args, step, logs, state):  # [shared]
             file.flush()
             os.fsync(file.fileno())
         (folder / "unfinished").replace(folder / f"{step:08}-{checksum(folder / 'unfinished')}.pt")
-    except (OSError, RuntimeError) as error:  # torch hides the reason of a failed write in the context of its own error
-        fail(f"step {step}: no checkpoint could be written to {folder} ({error.__context__ or error}); the last one is whole: "
+    except (OSError, RuntimeError) as error:
+        while error.__context__:  # torch hides the reason of a failed write in the context of its own error, or deeper
+            error = error.__context__
+        fail(f"step {step}: no checkpoint could be written to {folder} ({error}); the last one is whole: "
              "make room, then --resume", status=1)  # fmt: skip
-    for path in sorted(folder.glob("*.pt"))[: -args.save_total_limit]:
+    for path in sorted(folder.glob("*.pt"), key=os.path.getmtime)[: -args.save_total_limit]:  # a later step may be damaged
         path.unlink()
 
 
@@ -264,6 +266,14 @@ def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
         torch.save({**tensors, **batch}, path)
         fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, the last checkpoint is whole; the batch is in "
              f"{path}, for torch.load", status=1)  # fmt: skip
+
+
+def fingerprint(data, *models):  # [shared]
+    """A number that changes with the data and with every weight: a run goes on only with what it began with."""
+    crc = zlib.crc32(repr(data).encode())
+    for tensor in [tensor for model in models for tensor in model.state_dict().values()]:
+        crc = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def write_card(args, auto_class, facts):  # [shared]
@@ -424,11 +434,11 @@ def main(args):
     if args.model_name_or_path == "scratch":
         size = args.n_embd * (12 * args.n_layer * args.n_embd + args.vocab_size + args.max_length + args.max_new_tokens)
         if args.n_embd % 32 or args.vocab_size < 258 or size > 1e9:
-            fail(f"--n_embd {args.n_embd} must be a multiple of 32, the width of a head, --vocab_size {args.vocab_size} at least 258, "
-                 f"all bytes, pad and EOS, and the model, with {size / 1e9:.2g}B parameters, below 1B")  # fmt: skip
+            fail(f"--n_embd {args.n_embd} must be a multiple of 32, the width of a head, --vocab_size {args.vocab_size} at least "
+                 f"258, all bytes, pad and EOS, and the model, with {size / 1e9:.2g}B parameters, below 1B")  # fmt: skip
         # Cut for the vocabulary alone: the trainer did not come back in ten minutes from a megabyte without a space.
-        texts = [(args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}")[:4096] for r in rows["train"]]
-        model, tokenizer = model_from_scratch(args, texts)
+        texts = [args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}" for r in rows["train"]]
+        model, tokenizer = model_from_scratch(args, [text[:4096] for text in texts])
     else:
         model, tokenizer = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, "--model_name_or_path")
     model.to(device)
@@ -461,7 +471,7 @@ def main(args):
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True  # one kernel, not hundreds
     )
     first_step, seconds, tokens_seen, running_loss = 1, 0.0, 0, []
-    inputs = zlib.crc32(repr(data).encode())
+    inputs = fingerprint(data)
     if state:
         if state["inputs"] != inputs:
             fail("--resume: the data set or the tokenizer is not what this run began with; restore it, or --overwrite")
@@ -540,13 +550,14 @@ def main(args):
             progress.set_postfix(loss=f"{metrics.get('loss/train', metrics.get('loss/test')):.3f}")
             if args.track:
                 wandb.log(metrics, step=step)
-        if step % args.save_steps == 0 or step == total_steps or signals:
+        stop = bool(signals)  # asked once: a signal may come between two lines
+        if step % args.save_steps == 0 or step == total_steps or stop:
             save_checkpoint(args, step, [metrics_file], {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "inputs": inputs, "tokens_seen": tokens_seen,
                 "running_loss": torch.tensor(running_loss), "seconds": time.time() - start_time,
                 "wandb": wandb.run.id if args.track else None,
             })  # fmt: skip
-        if signals:
+        if stop:
             print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
             raise SystemExit(128 + signals[0])
 
@@ -577,6 +588,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.partition("\nReads ")[0]))
     except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing or a smaller --max_length helps; then --resume ({str(error).splitlines()[0]})", status=1)
+        fail(f"out of GPU memory: --resume with --gradient_checkpointing goes on; a smaller --per_device_train_batch_size with more --gradient_accumulation_steps or a smaller --max_length makes another run: --overwrite ({str(error).splitlines()[0]})", status=1)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
         fail(f"{error}; the last checkpoint is whole: mend it, then --resume", status=1)

@@ -69,10 +69,11 @@ def kill(process, out, steps, seconds, aimed):
     process.kill()
     if process.wait() == 0:
         return None
-    names = sorted(path.name for path in out.glob("checkpoint/*.pt"))
-    if saving(out, since) or len(names) > 1:  # written, but not yet named; named, but the older one is still there
+    paths = sorted(out.glob("checkpoint/*.pt"))
+    if saving(out, since) or len(paths) > 1 and paths[-1].stat().st_mtime >= since:  # not yet named, or the old one still there
         return "inside a save"
-    return "before any checkpoint" if not names else "after the last step" if int(names[-1][:8]) == steps else "between saves"
+    last = int(paths[-1].name[:8]) if paths else 0
+    return {0: "before any checkpoint", steps: "after the last step"}.get(last, "between saves")
 
 
 def main():

@@ -135,13 +135,15 @@ DATA = {
     "malformed line after a blank one": (second("", "{'prompt': 'a'}"), ["train.jsonl:3", "not JSON"]),
     "malformed line of the test split": (lambda stage: {"test": [json.dumps(row(stage)), "}"]}, ["test.jsonl:2", "not JSON"]),
     "two objects in a line": (second(lambda stage: 2 * json.dumps(row(stage))), ["train.jsonl:2", "not JSON"]),
-    "a JSON array over lines": (lambda stage: {"train": json.dumps([row(stage)], indent=1).splitlines()}, ["train.jsonl:1", "not JSON"]),
+    "a JSON array over lines": (lambda stage: {"train": json.dumps([row(stage)], indent=1).splitlines()},
+                                ["train.jsonl:1", "not JSON"]),
     "a JSON array in a line": (lambda stage: {"train": [json.dumps([row(stage)])]}, ["train.jsonl:1", "no column"]),
     "null instead of a row": (second("null"), ["train.jsonl:2", "None"]),
     "a number instead of a row": (second("17"), ["train.jsonl:2", "17"]),
     "nested too deep": (second("[" * 100_000), ["train.jsonl:2", "not JSON"]),
     "a number of 5000 digits": (second('{"prompt": ' + "9" * 5000 + "}"), ["train.jsonl:2", "not JSON"]),
-    "invalid UTF-8": (lambda stage: {"train": json.dumps(row(stage)).encode().replace(b"Hi", b"H\xff")}, ["train.jsonl:1", "utf-8"]),
+    "invalid UTF-8": (lambda stage: {"train": json.dumps(row(stage)).encode().replace(b"Hi", b"\xff")},
+                      ["train.jsonl:1", "utf-8"]),
     "UTF-16": (lambda stage: {"train": json.dumps(row(stage)).encode("utf-16")}, ["train.jsonl:1", "utf-8"]),
     "compressed": (lambda stage: {"train": b"\x1f\x8b\x08\x00garbage"}, ["train.jsonl:1", "not JSON"]),
     "raw control character": (second('{"prompt": "a\x01"}'), ["train.jsonl:2", "not JSON"]),
@@ -174,7 +176,7 @@ def write_data(folder, stage, files):
         folder.mkdir(exist_ok=True)
         lines = files.get(split, [json.dumps(row(stage))])
         if lines is not None:
-            content = lines if isinstance(lines, bytes) else "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass")
+            content = lines if isinstance(lines, bytes) else "".join(line + "\n" for line in lines).encode()
             (folder / f"{split}.jsonl").write_bytes(content)
     return folder
 
@@ -191,17 +193,19 @@ def test_bad_data_is_named(stage, name, world, tmp_path, capsys):
 
 
 @every_stage
-@pytest.mark.parametrize("split, complaint", [("nonesuch", "nonesuch.jsonl"), ("train[:0]", "train[:0]"), ("train[:-4]", "train[:-4]"),
-                                              ("train[9:]", "train[9:]"), ("train[:x", "train[:x")])  # fmt: skip
-def test_bad_splits_are_named(stage, split, complaint, world, tmp_path, capsys):
+@pytest.mark.parametrize("split", ["nonesuch", "train[:0]", "train[:-4]", "train[9:]", "train[:x"])
+def test_bad_splits_are_named(stage, split, world, tmp_path, capsys):
     """A split that is not there, and slices that hold nothing or are none."""
-    refused(stage, world, tmp_path, capsys, "--dataset_name", complaint, dataset_train_split=split)
+    refused(stage, world, tmp_path, capsys, "--dataset_name", f"`{split}`", dataset_train_split=split)
+
+
+DIALOGUE = {side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}
 
 
 @pytest.mark.parametrize("rows, complaints", [
     ([{**GOOD, "prompt": ""}], ["train.jsonl:1", "`prompt` holds ''"]),
-    ([{"prompt": None, **{side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}}], ["train.jsonl:1", "`prompt` is None"]),
-    ([{"prompt": "", **{side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}}], ["train.jsonl:1", "`prompt` holds ''"]),
+    ([{"prompt": None, **DIALOGUE}], ["train.jsonl:1", "`prompt` is None"]),
+    ([{"prompt": "", **DIALOGUE}], ["train.jsonl:1", "`prompt` holds ''"]),
     ([{"chosen": "Hi good", "rejected": "Hi bad"}], ["train", "Assistant:", "Hi good"]),
     ([{"chosen": CHAT["chosen"], "rejected": CHAT["rejected"]}], ["train", "prompt before", "'good'"]),
     ([{"prompt": "Hi", "chosen": "same", "rejected": "same"}] * 3, ["3 with two equal sides"]),
@@ -278,7 +282,8 @@ def more_tokens(folder):
 
 def beginning(folder):
     tokenizer = tiny_tokenizer(chat=True)
-    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    template = tokenizers.processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = template
     tokenizer.save_pretrained(folder)
 
 
@@ -346,6 +351,10 @@ def test_a_classifier_is_no_language_model(stage, family, world, tmp_path, capsy
     refused(stage, world, tmp_path, capsys, f"--{MODEL_FLAG[stage]} {path}", "score.weight", **{MODEL_FLAG[stage]: path})
 
 
+def two_labels():
+    return transformers.GPT2ForSequenceClassification(tiny_config("gpt2", num_labels=2))
+
+
 def bert():
     config = transformers.BertConfig(vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                                      num_attention_heads=2, num_labels=1)  # fmt: skip
@@ -356,7 +365,7 @@ def bert():
 REWARD_MODELS = {
     "a language model": (lambda: tiny_model("gpt2"), None, ["--reward_model_path", "score.weight"]),
     "a head that was never trained": (lambda: tiny_model("gpt2", num_labels=1), None, ["--reward_model_path", "score.weight"]),
-    "two labels": (lambda: transformers.GPT2ForSequenceClassification(tiny_config("gpt2", num_labels=2)), None, ["out_features=2"]),
+    "two labels": (two_labels, None, ["out_features=2"]),
     "an encoder": (bert, None, ["--reward_model_path", "score"]),
     "truncated": (None, lambda folder: os.truncate(folder / "model.safetensors", 5000), ["--reward_model_path", "no model"]),
     "another vocabulary": (lambda: tiny_reward_model("gpt2", vocab_size=259), more_tokens, ["another tokenizer"]),
@@ -388,7 +397,7 @@ FLAGS = [
         ("per_device_train_batch_size", -4), ("max_new_tokens", 0), ("logging_steps", 0), ("eval_steps", 0),
         ("save_steps", -1), ("save_total_limit", 0), ("seed", -1), ("seed", 10**23)]],
     *[(stage, {"prompt_template": "no slot"}, ["--prompt_template", "'no slot'", "{prompt}"]) for stage in STAGES],
-    *[(stage, {"prompt_template": "\udcff{prompt}"}, ["--prompt_template", "\\udcff"]) for stage in STAGES],  # from a byte of Latin-1
+    *[(stage, {"prompt_template": "\udcff{prompt}"}, ["--prompt_template", "\\udcff"]) for stage in STAGES],  # a byte of Latin-1
     *[(stage, {"output_dir": ""}, ["--output_dir ''"]) for stage in STAGES],
     *[(stage, {"dataset_name": " "}, ["--dataset_name ' '"]) for stage in STAGES],
     *[(stage, {"dataset_name": "x" * 5000}, ["--dataset_name xxx"]) for stage in STAGES],
@@ -441,14 +450,16 @@ def test_examples_beyond_the_context_are_named(stage, world, tmp_path, capsys):
 @pytest.mark.parametrize("script, flags, files, complaints", [
     ("sft.py", ["--learning_rate", "nan"], {"train": ['{"prompt": "Hi", "completion": "a"}']}, ["--learning_rate nan"]),
     ("reward_model.py", [], {"train": ["null"]}, ["train.jsonl:1", "None"]),
-    ("ppo_rlhf.py", ["--prompt_template", b"\xff{prompt}"], {"train": ['{"prompt": "Hi"}']}, ["--prompt_template '\\udcff{prompt}'"]),
+    ("ppo_rlhf.py", ["--prompt_template", b"\xff{prompt}"], {"train": ['{"prompt": "Hi"}']}, ["--prompt_template '\\udcff{pr"]),
 ])  # fmt: skip
 def test_a_real_process(script, flags, files, complaints, world, tmp_path):
     """As a user runs it: status 2, nothing on stdout, one line on stderr (no library adds its own), no output folder."""
     folder = write_data(tmp_path / "data", sft, files)
     command = [sys.executable, SCRIPTS / script, "--dataset_name", folder, "--output_dir", tmp_path / "out", *flags]
-    command += {"reward_model.py": ["--model_name_or_path", world / "base"],
-                "ppo_rlhf.py": ["--sft_model_path", world / "base", "--reward_model_path", world / "rm"]}.get(script, [])  # fmt: skip
+    models = {"reward_model.py": {"--model_name_or_path": "base"},
+              "ppo_rlhf.py": {"--sft_model_path": "base", "--reward_model_path": "rm"}}.get(script, {})  # fmt: skip
+    for flag, name in models.items():
+        command += [flag, world / name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     one_line(script, done.stderr, f"{script}: error: ", *complaints)
@@ -505,7 +516,8 @@ def test_what_is_left_out_is_counted_and_said_once(stage, world, tmp_path):
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     write_jsonl(tmp_path / "data" / "test.jsonl", [long, row(stage)])
     flag = "max_prompt_length" if stage is ppo_rlhf else "max_length"
-    error, data, stdout = check(stage, stage.Args(**arguments(stage, world, tmp_path / "out", dataset_name=tmp_path / "data", **{flag: 60})))
+    given = arguments(stage, world, tmp_path / "out", dataset_name=tmp_path / "data", **{flag: 60})
+    error, data, stdout = check(stage, stage.Args(**given))
     assert error is None and len(data["train"]) == 2 and len(data["test"]) == 1
     said = {
         sft: "train: left out 2 of 4 examples, longer than --max_length",
@@ -519,8 +531,9 @@ def test_a_megabyte_without_a_space_from_scratch(world, tmp_path):
     """The time of the vocabulary's trainer grows with the square of the longest word. Catches a run that hangs on this one."""
     write_jsonl(tmp_path / "data" / "train.jsonl", [row(sft), row(sft, completion="a" * 2**20)])
     write_jsonl(tmp_path / "data" / "test.jsonl", [row(sft)])
-    error, data, _ = check(sft, sft.Args(**arguments(sft, world, tmp_path / "out", model_name_or_path="scratch", n_layer=1, n_embd=32,
-                                                     vocab_size=300, dataset_name=tmp_path / "data")))  # fmt: skip
+    small = dict(model_name_or_path="scratch", n_layer=1, n_embd=32, vocab_size=300)
+    args = sft.Args(**arguments(sft, world, tmp_path / "out", dataset_name=tmp_path / "data", **small))
+    error, data, _ = check(sft, args)
     assert error is None and len(data["train"]) == 1
 
 
@@ -529,7 +542,8 @@ def test_a_megabyte_without_a_space_from_scratch(world, tmp_path):
 def test_one_row_is_enough(stage, chat, world, tmp_path):
     """A data set smaller than one batch, after a byte order mark, with blank lines and Windows line ends: a whole run."""
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row(stage, CHAT if chat else GOOD)).encode() + b"\r\n\r\n \r\n")
+        line = json.dumps(row(stage, CHAT if chat else GOOD)).encode()
+        (tmp_path / f"{split}.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n \r\n")
     stage.main(stage.Args(**arguments(stage, world, tmp_path / "out", dataset_name=tmp_path)))
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -555,11 +569,12 @@ def test_slices_of_a_local_split(stage, world, tmp_path):
     """`train[-1:]` for a data set without a test split: the same rows as in `datasets`, and texts that look like dates stay
     texts."""
     write_jsonl(tmp_path / "train.jsonl", [row(stage, prompt=f"2020-01-0{i}") for i in range(1, 5)])
-    error, data, _ = check(stage, stage.Args(**arguments(stage, world, tmp_path / "out", dataset_name=tmp_path,
-                                                         dataset_train_split="train[:75%]", dataset_test_split="train[-1:]")))  # fmt: skip
-    texts = {split: [tiny_tokenizer().decode([i for ids in row if isinstance(ids, list) for i in ids]) for row in data[split]] for split in data}
-    assert error is None and [len(texts["train"]), len(texts["test"])] == [3, 1]
-    assert all(f"2020-01-0{i + 1}" in text for i, text in enumerate(texts["train"] + texts["test"]))
+    splits = dict(dataset_train_split="train[:75%]", dataset_test_split="train[-1:]")
+    error, data, _ = check(stage, stage.Args(**arguments(stage, world, tmp_path / "out", dataset_name=tmp_path, **splits)))
+    assert error is None and [len(data["train"]), len(data["test"])] == [3, 1]
+    for i, example in enumerate(data["train"] + data["test"], 1):
+        text = tiny_tokenizer().decode([id for ids in example if isinstance(ids, list) for id in ids])
+        assert f"2020-01-0{i}" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -578,6 +593,7 @@ fuzz = settings(max_examples=EXAMPLES, derandomize="FUZZ_EXAMPLES" not in os.env
 def loaded(world):
     """Loading a model takes longer than all the rest of an example: each is loaded once, and not looked at for bad input."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)  # `datasets` looks through all of a folder: "." must not be one with a virtual environment in it
         for stage in STAGES:
             kept, real = {}, stage.load_pretrained
 
@@ -589,20 +605,22 @@ def loaded(world):
                 return kept[auto_class, path]
 
             patch.setattr(stage, "load_pretrained", load)
-        patch.setattr(sft, "model_from_scratch", lambda *_: sft.load_pretrained(sft.AutoModelForCausalLM, str(world / "base"), ""))
+        base = str(world / "base")
+        patch.setattr(sft, "model_from_scratch", lambda *_: sft.load_pretrained(sft.AutoModelForCausalLM, base, ""))
         patch.setattr(ppo_rlhf, "check_model", lambda *_: None)
         yield world
 
 
 # What may stand where a text should: mostly texts, of all characters there are, halves of surrogate pairs among them.
-texts = st.one_of(st.text(st.characters(), max_size=8), st.text("ab \n\t\x00\x1b\x7f\x85\u2028\ud800\udfff\ufeff{}<eos>", max_size=8),
+texts = st.one_of(st.text(st.characters(), max_size=8),
+                  st.text("ab \n\t\x00\x1b\x7f\x85\u2028\ud800\udfff\ufeff{}<eos>", max_size=8),
                   st.sampled_from(["", " ", "None", "2020-01-01", "<eos>", "<pad>", "a" * 200, "\n\nHuman: a\n\nAssistant: b",
                                    "\n\nHuman: a\n\nAssistant:", "\n\nAssistant: b", "{prompt}"]))  # fmt: skip
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.just(10**400), st.floats(), texts)
-anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6)
+anything = st.recursive(scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(texts, part, max_size=3), max_leaves=6)
 message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts.filter(str.strip)})
-chat = st.lists(st.one_of(message, message, st.fixed_dictionaries({}, optional={"role": anything, "content": anything}), anything),
-                max_size=3)  # fmt: skip
+odd_message = st.fixed_dictionaries({}, optional={"role": anything, "content": anything})
+chat = st.lists(st.one_of(message, message, odd_message, anything), max_size=3)
 fields = st.one_of(texts, st.just("fine"), chat, st.lists(message, min_size=1, max_size=3), anything)
 rarely = st.integers(0, 7).map(lambda n: n == 0)
 
@@ -653,10 +671,8 @@ def is_field(value):
     """Text, or chat messages, of which the last one is not blank."""
     if not isinstance(value, list):
         return is_text(value)
-    for m in value:
-        if not isinstance(m, dict) or not all(isinstance(m.get(key), str) and is_text("x" + m[key]) for key in ("role", "content")):
-            return False
-    return bool(value) and is_text(value[-1]["content"])
+    parts = [m.get(key) if isinstance(m, dict) else None for m in value for key in ("role", "content")]
+    return bool(value) and all(isinstance(part, str) and is_text("x" + part) for part in parts) and is_text(parts[-1])
 
 
 def first_bad_line(stage, content):
@@ -722,8 +738,7 @@ def flag_values(draw, stage):
     free = [f for f in dataclasses.fields(stage.Args) if f.name not in ("output_dir", "overwrite", "resume", "track")]
     chosen = draw(st.lists(st.sampled_from(free), min_size=1, max_size=3, unique_by=lambda f: f.name))
     kinds = {int: numbers, float: floats, str: names, bool: st.booleans()}
-    return {f.name: draw(kinds[f.type if isinstance(f.type, type) else {"int": int, "float": float, "str": str, "bool": bool}[f.type]])
-            for f in chosen}  # fmt: skip
+    return {f.name: draw(kinds[f.type]) for f in chosen}
 
 
 @every_stage

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import tyro
-from conftest import (REPOSITORY, SCRIPTS, read_jsonl, save, tiny_config, tiny_model, tiny_reward_model,
+from conftest import (REPOSITORY, SCRIPTS, read_jsonl, save, tiny_model, tiny_reward_model,
                       tiny_tokenizer, write_jsonl)  # fmt: skip
 
 import ppo_rlhf
