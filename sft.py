@@ -32,7 +32,6 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import datasets
 import torch
 import torch.nn.functional as F
 import transformers
@@ -179,14 +178,17 @@ def load_rows(name, split, columns, optional=(), flag="--dataset_name"):  # [sha
     is a whole chat in `messages`, its last answer becomes the `completion`, and all before it the `prompt`."""
     path = Path(name) / f"{split.partition('[')[0]}.jsonl"
     try:
-        if path.is_file():
-            rows = read_jsonl(path)
-            if "[" in split:
-                (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({path.stem: len(rows)})
-                rows = dict(list(rows.items())[part.from_ : part.to])
-        else:
+        rows = read_jsonl(path) if path.is_file() else {}
+        if "[" in split or not path.is_file():
+            import datasets  # not at the top: its second of start-up is spent only where it is needed
+
+            datasets.logging.set_verbosity_error(), datasets.disable_progress_bars()
+        if not path.is_file():
             examples = datasets.load_dataset(name, split=split).to_list()
             rows = {f"{name}, {split} row {number}": row for number, row in enumerate(examples, 1)}
+        elif "[" in split:
+            (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({path.stem: len(rows)})
+            rows = dict(list(rows.items())[part.from_ : part.to])
     except Exception as error:  # the library has a dozen types for this
         reason = (str(error.__cause__ or error) or type(error).__name__)[:200]
         fail(f"{flag} {name}: no `{split}` split could be read ({reason}); give a folder "
@@ -625,8 +627,6 @@ def main(args):
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     try:
         main(parse_flags(Args, __doc__))
     except torch.OutOfMemoryError as error:

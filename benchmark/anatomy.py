@@ -166,7 +166,6 @@ def main():
     if not 1 <= own.updates <= args.total_episodes // args.batch_size:
         parser.error(f"--updates {own.updates}: a run has 1 to {args.total_episodes // args.batch_size} updates")
     ppo_rlhf.transformers.logging.set_verbosity_error(), ppo_rlhf.transformers.logging.disable_progress_bar()
-    ppo_rlhf.datasets.disable_progress_bars()
     own.output_dir.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, (title, changes) in RUNS.items():

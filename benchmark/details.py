@@ -16,7 +16,7 @@ unchanged one too: they decide whether a run goes on, and nothing else.
 Reads   --base_dir: seed1/{sft,reward_model} and so on, made by default flags where they are missing.
 Writes  benchmark/results/details.jsonl, a row for each detail and seed, and details.png. The runs are kept in --work_dir and
         skipped the next time, so a stopped sweep goes on.
-Takes   39 PPO runs for three seeds (twelve details and none), two at a time, and a short one for each detail.
+Takes   45 PPO runs for three seeds (fourteen details and none), two at a time, and a short one for each detail.
 """
 
 import argparse
@@ -83,6 +83,10 @@ DETAILS = {
              "score_sequences(reward_model, sequences, lengths)"}, [],
     ),
     "value head's learning rate": ("--value_learning_rate 1e-4, the policy's", {}, ["--value_learning_rate", 1e-4]),
+    "small weight of the value loss": (
+        "--vf_coef 0.5 --value_learning_rate 3e-3", {}, ["--vf_coef", 0.5, "--value_learning_rate", 3e-3],
+    ),
+    "GAE's lambda below 1": ("--lam 1", {}, ["--lam", 1]),
     "warm-up": ("--warmup_steps 0", {}, ["--warmup_steps", 0]),
     "Adam's eps of 1e-5": ("1e-8, torch's default", {"eps=1e-5, weight_decay": "eps=1e-8, weight_decay"}, []),
 }  # fmt: skip

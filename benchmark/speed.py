@@ -288,7 +288,6 @@ def load_ppo(spec):
     source.loader.exec_module(ppo)
     ppo.transformers.logging.set_verbosity_error()
     ppo.transformers.logging.disable_progress_bar()
-    ppo.datasets.disable_progress_bars()
     if spec["device"] == "cuda" and spec["memory_cap"]:
         total = ppo.torch.cuda.get_device_properties(0).total_memory
         ppo.torch.cuda.set_per_process_memory_fraction(spec["memory_cap"] * 2**30 / total)
