@@ -121,271 +121,8 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Helpers. Those marked [shared] stand in the other scripts too, the same to the letter: each file stands alone.
+# The mathematics, and what a step is made of.
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def fail(message, status=2):  # [shared]
-    """Bad input ends here: one line that says what, where and how to mend it; exit status 2, no traceback."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def parse_flags(args_class, doc):  # [shared]
-    """The command line as an `args_class`; its --help begins with the first line and the examples of `doc`, and names each
-    group of flags at its first."""
-    from docstring_parser import parse_from_object  # as tyro, which would break a flag's text where this file does
-
-    groups = {flag: f"---- {group} ----\n" for group, flag in re.findall(r"# -+ (.*) -+\n +(\w+):", inspect.getsource(args_class))}
-    for flag in parse_from_object(args_class).params:
-        text = groups.get(flag.arg_name, "") + " ".join(flag.description.split())
-        args_class.__dataclass_fields__[flag.arg_name].metadata = {"help": text}
-    top = doc.partition("\n")[0] + "\n\nExamples:\n" + re.search(r"^    python .*?(?=\n\n)", doc, re.DOTALL | re.MULTILINE)[0]
-    return tyro.cli(args_class, description=top, use_underscores=True, config=[tyro.conf.FlagCreatePairsOff])
-
-
-def no_text(string):  # [shared]
-    """A match if the string is blank, or holds NUL or half of a surrogate pair, which no tokenizer takes, else None."""
-    return re.search(r"\A\s*\Z|[\0\ud800-\udfff]", string)
-
-
-def check_flags(args, positive):  # [shared]
-    """Every number below 2**31 and not negative, those named in `positive` above 0; every string text, the template with
-    its slot."""
-    flags = [(name, value) for name, v in vars(args).items() for value in (v if isinstance(v, tuple) else [v])]
-    for name, value in flags:
-        if isinstance(value, str) and no_text(value):
-            fail(f"--{name} {value!r}: is blank, or no text; give it text")
-        if isinstance(value, (int, float)) and not (0 < value < 2**31 if name in positive else 0 <= value < 2**31):
-            fail(f"--{name} {value}: must be a number {'above' if name in positive else 'of at least'} 0, and below 2**31")
-    if "{prompt}" not in args.prompt_template:
-        fail(f"--prompt_template {args.prompt_template!r}: has no {{prompt}} in it")
-
-
-def read_jsonl(path):  # [shared]
-    """{where it stands: what it holds} for a file with one JSON value a line, as it is: `datasets` makes dates of some texts,
-    counts no lines, and crashes at a line `null`."""
-    rows = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            if line.strip():
-                rows[f"{path}:{number}"] = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            fail(f"{path}:{number}: this line is not JSON ({error}); mend or remove it")
-    return rows
-
-
-def load_rows(name, split, columns, optional=(), flag="--dataset_name"):  # [shared]
-    """One split of a local folder with `{split}.jsonl`, or of whatever else `datasets` can load, as a list of dicts.
-
-    In every row, every one of `columns`, and of `optional` if it is there, is text or a list of chat messages. Where there
-    is a whole chat in `messages`, its last answer becomes the `completion`, and all before it the `prompt`."""
-    path = Path(name) / f"{split.partition('[')[0]}.jsonl"
-    try:
-        rows = read_jsonl(path) if path.is_file() else {}
-        if "[" in split or not path.is_file():
-            import datasets  # not at the top: its second of start-up is spent only where it is needed
-
-            datasets.logging.set_verbosity_error(), datasets.disable_progress_bars()
-        if not path.is_file():
-            examples = datasets.load_dataset(name, split=split).to_list()
-            rows = {f"{name}, {split} row {number}": row for number, row in enumerate(examples, 1)}
-        elif "[" in split:
-            (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({path.stem: len(rows)})
-            rows = dict(list(rows.items())[part.from_ : part.to])
-    except Exception as error:  # the library has a dozen types for this
-        reason = (str(error.__cause__ or error) or type(error).__name__)[:200]
-        fail(f"{flag} {name}: no `{split}` split could be read ({reason}); give a folder "
-             f"with {path.name}, one JSON object a line, or the name of a data set on the Hub")  # fmt: skip
-    if not rows:
-        fail(f"{flag} {name}: its `{split}` split is empty")
-    for where, row in rows.items():
-        if "prompt" in columns and isinstance(row, dict) and "messages" in row:
-            chat = row["messages"]
-            try:
-                end = len(chat) - (chat[-1]["role"] == "assistant")
-                row.update(prompt=chat[:end], completion=chat[end:])
-            except (TypeError, LookupError):
-                row.update(prompt=[])
-            if not row["prompt"] or "completion" in columns and not row["completion"]:
-                fail(f"{where}: `messages` is {chat!r:.60}; give it a list of messages: a prompt, then the assistant's answer")
-        for column in columns:
-            if not isinstance(row, dict) or column not in row:
-                found = sorted(row) if isinstance(row, dict) else row
-                fail(f"{where}: no column `{column}`, only {found!r:.200}; rename one")
-        for column in [*columns, *(column for column in optional if column in row)]:
-            value = row[column]
-            try:
-                texts = [value] if isinstance(value, str) else [message[key] for message in value for key in ("role", "content")]
-                wrong = no_text(texts[-1]) or no_text("".join(texts))
-            except (TypeError, LookupError):
-                fail(f"{where}: `{column}` is {value!r:.60}; give it text, or chat messages, each with a `role` and a `content`")
-            if wrong:
-                fail(f"{where}: `{column}` holds {wrong[0]!r:.60}, which is no text; mend or remove it")
-            if column != "prompt" and isinstance(value, list) and value[-1]["role"] != "assistant":
-                fail(f"{where}: `{column}` ends with a message by {value[-1]['role']!r:.40}, not by 'assistant'; mend or remove it")
-    return list(rows.values())
-
-
-def checksum(path):  # [shared]
-    """The first 16 digits of a file's SHA-256: a cut file and a flipped bit show."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def load_checkpoint(args, changeable):  # [shared]
-    """State of the newest whole checkpoint in --output_dir, None if the run starts at the beginning. Writes nothing.
-
-    A folder that holds something is touched only with --resume or --overwrite. A run goes on only with the flags that it
-    began with, but for those in `changeable`: with others it would end neither as the one run nor as the other."""
-    folder = Path(args.output_dir)
-    if folder.exists() and not (args.resume or args.overwrite) and (folder.is_file() or any(folder.iterdir())):
-        fail(f"--output_dir {folder} is not empty: go on with its run by --resume, replace it by --overwrite, or name another")
-    paths = sorted(folder.glob("checkpoint/*.pt")) if args.resume else []
-    whole = [path for path in paths if path.stem.endswith(checksum(path))]
-    if not whole:
-        if args.resume and not args.overwrite and (paths or (folder / "config.json").exists()):
-            fail(f"--resume: of {len(paths)} checkpoints in {folder} none is whole; start anew with --overwrite")
-        return None
-    state = torch.load(whole[-1], map_location="cpu", weights_only=True)
-    changed = [f"--{name} {value} (was {state['args'][name]})" for name, value in vars(args).items()
-               if name not in changeable and value != state["args"].get(name, value)]  # fmt: skip
-    if changed:
-        fail(f"--resume: the run in {folder} began with other flags: {', '.join(changed)}; give the old ones, or another --output_dir")
-    print(f"goes on after step {state['step']} of {folder}" + f", as {paths[-1].name} is damaged" * (whole[-1] != paths[-1]))
-    return state
-
-
-def open_logs(args, state, names):  # [shared]
-    """Make --output_dir and open its jsonl files as they were at the checkpoint, so that no step stands twice in them."""
-    folder = Path(args.output_dir)
-    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-    for path in [] if state else folder.glob("checkpoint/*"):  # --overwrite
-        path.unlink()
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    for name in names:
-        (folder / name).write_text(state["logs"][name] if state else "", encoding="utf-8")
-    return [open(folder / name, "a", encoding="utf-8") for name in names]
-
-
-def save_checkpoint(args, step, logs, state):  # [shared]
-    """Write `state` to checkpoint/STEP-CHECKSUM.pt. There is one whole checkpoint at every instant: a new file, on the disk
-    before it gets its name, which is one step of the file system; only then the oldest ones go."""
-    folder = Path(args.output_dir) / "checkpoint"
-    logs = {Path(log.name).name: Path(log.name).read_text(encoding="utf-8") for log in logs}
-    try:
-        with open(folder / "unfinished", "wb") as file:
-            torch.save({**state, "step": step, "args": asdict(args), "logs": logs}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        (folder / "unfinished").replace(folder / f"{step:08}-{checksum(folder / 'unfinished')}.pt")
-    except (OSError, RuntimeError) as error:
-        while error.__context__:  # torch hides the reason of a failed write in the context of its own error, or deeper
-            error = error.__context__
-        fail(f"step {step}: no checkpoint could be written to {folder} ({error}); the last one is whole: "
-             "make room, then --resume", status=1)  # fmt: skip
-    for path in sorted(folder.glob("*.pt"), key=os.path.getmtime)[: -args.save_total_limit]:  # a later step may be damaged
-        path.unlink()
-
-
-def catch_signals():  # [shared]
-    """-> a list that gets the number of the first SIGINT or SIGTERM, upon which the run ends after the running step, with a
-    checkpoint; a second one ends it at once."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
-    return caught
-
-
-def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
-    """End the run if one of the named `tensors` holds inf or NaN, before that reaches a weight or a checkpoint."""
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        path = Path(args.output_dir) / "nonfinite.pt"
-        torch.save({**tensors, **batch}, path)
-        fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, the last checkpoint is whole; the batch is in "
-             f"{path}, for torch.load", status=1)  # fmt: skip
-
-
-def fingerprint(data, *models):  # [shared]
-    """A number that changes with the data and with every weight: a run goes on only with what it began with."""
-    crc = zlib.crc32(repr(data).encode())
-    for tensor in [tensor for model in models for tensor in model.state_dict().values()]:
-        crc = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy(), crc)
-    return crc
-
-
-def write_card(args, auto_class, facts):  # [shared]
-    """README.md beside the weights: how they were made, from what, what came out, how to load them."""
-    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent.resolve()))} rev-parse HEAD 2>/dev/null")
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    (Path(args.output_dir) / "README.md").write_text(
-        f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {Path(args.output_dir).resolve().name}\n\nMade by\n\n"
-        f"```\n{shlex.join(['python', *sys.argv])}\n```\n\nwith {versions}; code at commit {commit or 'unknown'}; all flags are in "
-        "args.json.\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items()) + "\nA text prompt goes in as "
-        f"`{args.prompt_template!r}`, chat messages by the tokenizer's chat template; the answer ends with EOS.\n\n```python\n"
-        f"from transformers import {auto_class}, AutoTokenizer\n\nmodel = {auto_class}.from_pretrained({args.output_dir!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})\n```\n", encoding="utf-8")  # fmt: skip
-
-
-def encode(tokenizer, template, prompt, completion=""):  # [shared]
-    """(prompt ids, completion ids that end with EOS): tokenized apart and joined as ids, in every stage alike.
-
-    Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
-    prompt that was tokenized alone, would never see those tokens again."""
-    completion = completion if isinstance(completion, str) else completion[-1]["content"]
-    try:
-        if isinstance(prompt, str):
-            prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
-            completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
-        else:
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
-        completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        if not prompt_ids:
-            raise ValueError("no token comes out: are the tokenizer's files complete?")
-        if max(prompt_ids + completion_ids) >= getattr(tokenizer, "num_embeddings", math.inf):
-            raise ValueError(f"id {max(prompt_ids + completion_ids)}, but the model has {tokenizer.num_embeddings} embeddings")
-    except Exception as error:  # no chat template, or one that refuses these roles; a character that no token has
-        fail(f"the tokenizer of {tokenizer.name_or_path} cannot encode the prompt {prompt!r:.80} ({str(error)[:200]}); mend it "
-             "there, or give prompts as text: chat messages need a chat template that takes them")  # fmt: skip
-    return prompt_ids, completion_ids
-
-
-def load_pretrained(auto_class, path, flag, edit_config=lambda config: None, new_weights=()):  # [shared]
-    """(model, tokenizer) in float32, from a folder or the Hub: whole but for `new_weights`, and made for each other."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-        edit_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
-                                                 ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
-        tokenizer.num_embeddings = model.get_input_embeddings().num_embeddings  # for encode()
-    except Exception as error:  # the libraries have dozens of types for this
-        fail(f"{flag} {path}: no model could be loaded ({(str(error) or type(error).__name__)[:200]}); give a folder that "
-             "save_pretrained wrote, with weights as safetensors, or a name on the Hub")  # fmt: skip
-    unexpected = {"score.weight"} & info["unexpected_keys"]  # of a classifier, which is no language model
-    wrong = info["missing_keys"] - {*new_weights} | {name for name, *_ in info["mismatched_keys"]} | unexpected
-    if wrong:
-        fail(f"{flag} {path}: is no {auto_class.__name__[len('AutoModelFor'):]}: missing, unexpected or of another shape are "
-             f"{sorted(wrong)[:4]}; name another")  # fmt: skip
-    if tokenizer.eos_token_id is None:
-        fail(f"{flag} {path}: its tokenizer has no EOS token, so no answer could end; set its eos_token")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
-    return model, tokenizer
-
-
-def plain_sampling(tokenizer, temperature, max_new_tokens):  # [shared]
-    """What stock `generate` needs to sample from the model's own distribution: no top-k, no top-p, no penalties."""
-    return transformers.GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
 
 
 def pad(rows, value, device):  # [shared]
@@ -681,6 +418,275 @@ def main(args):
     print(f"The reward model took {time.time() - start_time:.0f} s, held-out accuracy {accuracy}; saved to {output_dir}. "
           "Next: python ppo_rlhf.py --beta 0.1"
           + f" --reward_model_path {output_dir} ..." * (args.output_dir != Args.output_dir))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing: flags, data, checkpoints, loading. Nothing of the algorithm stands below. Functions marked [shared], here and
+# above, stand in the other scripts too, the same to the letter: each file stands alone.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def fail(message, status=2):  # [shared]
+    """Bad input ends here: one line that says what, where and how to mend it; exit status 2, no traceback."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def parse_flags(args_class, doc):  # [shared]
+    """The command line as an `args_class`; its --help begins with the first line and the examples of `doc`, and names each
+    group of flags at its first."""
+    from docstring_parser import parse_from_object  # as tyro, which would break a flag's text where this file does
+
+    groups = {flag: f"---- {group} ----\n" for group, flag in re.findall(r"# -+ (.*) -+\n +(\w+):", inspect.getsource(args_class))}
+    for flag in parse_from_object(args_class).params:
+        text = groups.get(flag.arg_name, "") + " ".join(flag.description.split())
+        args_class.__dataclass_fields__[flag.arg_name].metadata = {"help": text}
+    top = doc.partition("\n")[0] + "\n\nExamples:\n" + re.search(r"^    python .*?(?=\n\n)", doc, re.DOTALL | re.MULTILINE)[0]
+    return tyro.cli(args_class, description=top, use_underscores=True, config=[tyro.conf.FlagCreatePairsOff])
+
+
+def no_text(string):  # [shared]
+    """A match if the string is blank, or holds NUL or half of a surrogate pair, which no tokenizer takes, else None."""
+    return re.search(r"\A\s*\Z|[\0\ud800-\udfff]", string)
+
+
+def check_flags(args, positive):  # [shared]
+    """Every number below 2**31 and not negative, those named in `positive` above 0; every string text, the template with
+    its slot."""
+    flags = [(name, value) for name, v in vars(args).items() for value in (v if isinstance(v, tuple) else [v])]
+    for name, value in flags:
+        if isinstance(value, str) and no_text(value):
+            fail(f"--{name} {value!r}: is blank, or no text; give it text")
+        if isinstance(value, (int, float)) and not (0 < value < 2**31 if name in positive else 0 <= value < 2**31):
+            fail(f"--{name} {value}: must be a number {'above' if name in positive else 'of at least'} 0, and below 2**31")
+    if "{prompt}" not in args.prompt_template:
+        fail(f"--prompt_template {args.prompt_template!r}: has no {{prompt}} in it")
+
+
+def read_jsonl(path):  # [shared]
+    """{where it stands: what it holds} for a file with one JSON value a line, as it is: `datasets` makes dates of some texts,
+    counts no lines, and crashes at a line `null`."""
+    rows = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            if line.strip():
+                rows[f"{path}:{number}"] = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            fail(f"{path}:{number}: this line is not JSON ({error}); mend or remove it")
+    return rows
+
+
+def load_rows(name, split, columns, optional=(), flag="--dataset_name"):  # [shared]
+    """One split of a local folder with `{split}.jsonl`, or of whatever else `datasets` can load, as a list of dicts.
+
+    In every row, every one of `columns`, and of `optional` if it is there, is text or a list of chat messages. Where there
+    is a whole chat in `messages`, its last answer becomes the `completion`, and all before it the `prompt`."""
+    path = Path(name) / f"{split.partition('[')[0]}.jsonl"
+    try:
+        rows = read_jsonl(path) if path.is_file() else {}
+        if "[" in split or not path.is_file():
+            import datasets  # not at the top: its second of start-up is spent only where it is needed
+
+            datasets.logging.set_verbosity_error(), datasets.disable_progress_bars()
+        if not path.is_file():
+            examples = datasets.load_dataset(name, split=split).to_list()
+            rows = {f"{name}, {split} row {number}": row for number, row in enumerate(examples, 1)}
+        elif "[" in split:
+            (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({path.stem: len(rows)})
+            rows = dict(list(rows.items())[part.from_ : part.to])
+    except Exception as error:  # the library has a dozen types for this
+        reason = (str(error.__cause__ or error) or type(error).__name__)[:200]
+        fail(f"{flag} {name}: no `{split}` split could be read ({reason}); give a folder "
+             f"with {path.name}, one JSON object a line, or the name of a data set on the Hub")  # fmt: skip
+    if not rows:
+        fail(f"{flag} {name}: its `{split}` split is empty")
+    for where, row in rows.items():
+        if "prompt" in columns and isinstance(row, dict) and "messages" in row:
+            chat = row["messages"]
+            try:
+                end = len(chat) - (chat[-1]["role"] == "assistant")
+                row.update(prompt=chat[:end], completion=chat[end:])
+            except (TypeError, LookupError):
+                row.update(prompt=[])
+            if not row["prompt"] or "completion" in columns and not row["completion"]:
+                fail(f"{where}: `messages` is {chat!r:.60}; give it a list of messages: a prompt, then the assistant's answer")
+        for column in columns:
+            if not isinstance(row, dict) or column not in row:
+                found = sorted(row) if isinstance(row, dict) else row
+                fail(f"{where}: no column `{column}`, only {found!r:.200}; rename one")
+        for column in [*columns, *(column for column in optional if column in row)]:
+            value = row[column]
+            try:
+                texts = [value] if isinstance(value, str) else [message[key] for message in value for key in ("role", "content")]
+                wrong = no_text(texts[-1]) or no_text("".join(texts))
+            except (TypeError, LookupError):
+                fail(f"{where}: `{column}` is {value!r:.60}; give it text, or chat messages, each with a `role` and a `content`")
+            if wrong:
+                fail(f"{where}: `{column}` holds {wrong[0]!r:.60}, which is no text; mend or remove it")
+            if column != "prompt" and isinstance(value, list) and value[-1]["role"] != "assistant":
+                fail(f"{where}: `{column}` ends with a message by {value[-1]['role']!r:.40}, not by 'assistant'; mend or remove it")
+    return list(rows.values())
+
+
+def checksum(path):  # [shared]
+    """The first 16 digits of a file's SHA-256: a cut file and a flipped bit show."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def load_checkpoint(args, changeable):  # [shared]
+    """State of the newest whole checkpoint in --output_dir, None if the run starts at the beginning. Writes nothing.
+
+    A folder that holds something is touched only with --resume or --overwrite. A run goes on only with the flags that it
+    began with, but for those in `changeable`: with others it would end neither as the one run nor as the other."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not (args.resume or args.overwrite) and (folder.is_file() or any(folder.iterdir())):
+        fail(f"--output_dir {folder} is not empty: go on with its run by --resume, replace it by --overwrite, or name another")
+    paths = sorted(folder.glob("checkpoint/*.pt")) if args.resume else []
+    whole = [path for path in paths if path.stem.endswith(checksum(path))]
+    if not whole:
+        if args.resume and not args.overwrite and (paths or (folder / "config.json").exists()):
+            fail(f"--resume: of {len(paths)} checkpoints in {folder} none is whole; start anew with --overwrite")
+        return None
+    state = torch.load(whole[-1], map_location="cpu", weights_only=True)
+    changed = [f"--{name} {value} (was {state['args'][name]})" for name, value in vars(args).items()
+               if name not in changeable and value != state["args"].get(name, value)]  # fmt: skip
+    if changed:
+        fail(f"--resume: the run in {folder} began with other flags: {', '.join(changed)}; give the old ones, or another --output_dir")
+    print(f"goes on after step {state['step']} of {folder}" + f", as {paths[-1].name} is damaged" * (whole[-1] != paths[-1]))
+    return state
+
+
+def open_logs(args, state, names):  # [shared]
+    """Make --output_dir and open its jsonl files as they were at the checkpoint, so that no step stands twice in them."""
+    folder = Path(args.output_dir)
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    for path in [] if state else folder.glob("checkpoint/*"):  # --overwrite
+        path.unlink()
+    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    for name in names:
+        (folder / name).write_text(state["logs"][name] if state else "", encoding="utf-8")
+    return [open(folder / name, "a", encoding="utf-8") for name in names]
+
+
+def save_checkpoint(args, step, logs, state):  # [shared]
+    """Write `state` to checkpoint/STEP-CHECKSUM.pt. There is one whole checkpoint at every instant: a new file, on the disk
+    before it gets its name, which is one step of the file system; only then the oldest ones go."""
+    folder = Path(args.output_dir) / "checkpoint"
+    logs = {Path(log.name).name: Path(log.name).read_text(encoding="utf-8") for log in logs}
+    try:
+        with open(folder / "unfinished", "wb") as file:
+            torch.save({**state, "step": step, "args": asdict(args), "logs": logs}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (folder / "unfinished").replace(folder / f"{step:08}-{checksum(folder / 'unfinished')}.pt")
+    except (OSError, RuntimeError) as error:
+        while error.__context__:  # torch hides the reason of a failed write in the context of its own error, or deeper
+            error = error.__context__
+        fail(f"step {step}: no checkpoint could be written to {folder} ({error}); the last one is whole: "
+             "make room, then --resume", status=1)  # fmt: skip
+    for path in sorted(folder.glob("*.pt"), key=os.path.getmtime)[: -args.save_total_limit]:  # a later step may be damaged
+        path.unlink()
+
+
+def catch_signals():  # [shared]
+    """-> a list that gets the number of the first SIGINT or SIGTERM, upon which the run ends after the running step, with a
+    checkpoint; a second one ends it at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, catch), signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
+    """End the run if one of the named `tensors` holds inf or NaN, before that reaches a weight or a checkpoint."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        path = Path(args.output_dir) / "nonfinite.pt"
+        torch.save({**tensors, **batch}, path)
+        fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, the last checkpoint is whole; the batch is in "
+             f"{path}, for torch.load", status=1)  # fmt: skip
+
+
+def fingerprint(data, *models):  # [shared]
+    """A number that changes with the data and with every weight: a run goes on only with what it began with."""
+    crc = zlib.crc32(repr(data).encode())
+    for tensor in [tensor for model in models for tensor in model.state_dict().values()]:
+        crc = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def write_card(args, auto_class, facts):  # [shared]
+    """README.md beside the weights: how they were made, from what, what came out, how to load them."""
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent.resolve()))} rev-parse HEAD 2>/dev/null")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    (Path(args.output_dir) / "README.md").write_text(
+        f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {Path(args.output_dir).resolve().name}\n\nMade by\n\n"
+        f"```\n{shlex.join(['python', *sys.argv])}\n```\n\nwith {versions}; code at commit {commit or 'unknown'}; all flags are in "
+        "args.json.\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items()) + "\nA text prompt goes in as "
+        f"`{args.prompt_template!r}`, chat messages by the tokenizer's chat template; the answer ends with EOS.\n\n```python\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\nmodel = {auto_class}.from_pretrained({args.output_dir!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})\n```\n", encoding="utf-8")  # fmt: skip
+
+
+def encode(tokenizer, template, prompt, completion=""):  # [shared]
+    """(prompt ids, completion ids that end with EOS): tokenized apart and joined as ids, in every stage alike.
+
+    Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
+    prompt that was tokenized alone, would never see those tokens again."""
+    completion = completion if isinstance(completion, str) else completion[-1]["content"]
+    try:
+        if isinstance(prompt, str):
+            prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
+            completion = completion if completion[:1].isspace() else " " + completion  # " Sure", as in running text
+        else:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+        completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        if not prompt_ids:
+            raise ValueError("no token comes out: are the tokenizer's files complete?")
+        if max(prompt_ids + completion_ids) >= getattr(tokenizer, "num_embeddings", math.inf):
+            raise ValueError(f"id {max(prompt_ids + completion_ids)}, but the model has {tokenizer.num_embeddings} embeddings")
+    except Exception as error:  # no chat template, or one that refuses these roles; a character that no token has
+        fail(f"the tokenizer of {tokenizer.name_or_path} cannot encode the prompt {prompt!r:.80} ({str(error)[:200]}); mend it "
+             "there, or give prompts as text: chat messages need a chat template that takes them")  # fmt: skip
+    return prompt_ids, completion_ids
+
+
+def load_pretrained(auto_class, path, flag, edit_config=lambda config: None, new_weights=()):  # [shared]
+    """(model, tokenizer) in float32, from a folder or the Hub: whole but for `new_weights`, and made for each other."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        edit_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
+                                                 ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+        tokenizer.num_embeddings = model.get_input_embeddings().num_embeddings  # for encode()
+    except Exception as error:  # the libraries have dozens of types for this
+        fail(f"{flag} {path}: no model could be loaded ({(str(error) or type(error).__name__)[:200]}); give a folder that "
+             "save_pretrained wrote, with weights as safetensors, or a name on the Hub")  # fmt: skip
+    unexpected = {"score.weight"} & info["unexpected_keys"]  # of a classifier, which is no language model
+    wrong = info["missing_keys"] - {*new_weights} | {name for name, *_ in info["mismatched_keys"]} | unexpected
+    if wrong:
+        fail(f"{flag} {path}: is no {auto_class.__name__[len('AutoModelFor'):]}: missing, unexpected or of another shape are "
+             f"{sorted(wrong)[:4]}; name another")  # fmt: skip
+    if tokenizer.eos_token_id is None:
+        fail(f"{flag} {path}: its tokenizer has no EOS token, so no answer could end; set its eos_token")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths, none from ids
+    return model, tokenizer
+
+
+def plain_sampling(tokenizer, temperature, max_new_tokens):  # [shared]
+    """What stock `generate` needs to sample from the model's own distribution: no top-k, no top-p, no penalties."""
+    return transformers.GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -117,7 +117,253 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Helpers. Those marked [shared] stand in the other scripts too, the same to the letter: each file stands alone.
+# The mathematics, and what a step is made of.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def pad(rows, value, device):  # [shared]
+    """Right-pad lists of ids to the longest: [B, L]. Under causal attention nothing real can see what stands to
+    its right, so right-padded batches need no attention mask and default positions (0, 1, ...) are exact."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)  # [B, L]
+
+
+def epoch_batches(lengths, batch_size, seed):  # [shared]
+    """Lists of indices, shuffled, each of similar lengths so that little is padded, a function of `seed` only:
+    shuffle all, sort by length within pools of 16 batches, cut into batches, shuffle the batches."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    pools = [order[i : i + 16 * batch_size] for i in range(0, len(order), 16 * batch_size)]
+    pools = [sorted(pool, key=lengths.__getitem__) for pool in pools]
+    batches = [pool[i : i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
+    """Learning rate of optimizer step 1, 2, ..., total_steps as a fraction of its peak."""
+    if step <= warmup_steps:  # 1) linear warm-up
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * progress))  # 2) cosine decay, zero after the last step
+
+
+def model_from_scratch(args, texts):
+    """A small GPT-2 and a byte-level BPE tokenizer trained on `texts`: no download, any text can be encoded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes: no text is out of vocabulary
+    special = ["<pad>", "<eos>"]  # two tokens, not one: stock reward models find the last token by `id != pad`
+    trainer = trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=args.max_length + args.max_new_tokens, n_embd=args.n_embd, n_layer=args.n_layer,
+        n_head=args.n_embd // 32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        activation_function="relu",  # a seventh less time on a CPU than GPT-2's GELU, and the same held-out loss
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def completion_loss(model, examples, pad_id, device):
+    """Summed negative log-likelihood of the completions' tokens, EOS included.
+
+    examples: (prompt ids, completion ids) pairs. Nothing is learnt from the prompt's tokens: the user writes them.
+    """
+    ids = pad([prompt + completion for prompt, completion in examples], pad_id, device)  # [B, L]
+    starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)[:, None]  # [B, 1]
+    ends = torch.tensor([len(prompt) + len(completion) for prompt, completion in examples], device=device)[:, None]
+    positions = torch.arange(1, ids.shape[1], device=device)  # [L-1] of the token that is predicted
+    is_target = (positions >= starts) & (positions < ends)  # [B, L-1]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [B, L-1, d]
+    logits = model.get_output_embeddings()(hidden[is_target])  # [N, V]: the N completion tokens only, never [B, L, V]
+    return F.cross_entropy(logits.float(), ids[:, 1:][is_target], reduction="sum")
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, temperature, max_new_tokens, seed):  # [shared]
+    """Responses (lists of ids that end with EOS, or are cut at max_new_tokens) for lists of prompt ids: plain
+    temperature sampling, with nothing of what the model's own generation config says (top-k, penalties, ...)."""
+    kept_config, width = model.generation_config, max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)  # [B, P]
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
+    with torch.random.fork_rng():  # looking at samples must not change the training that follows
+        torch.manual_seed(seed)
+        model.generation_config = plain_sampling(tokenizer, temperature, max_new_tokens)
+        responses = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        model.generation_config = kept_config
+    eos = tokenizer.eos_token_id
+    return [row[: row.index(eos) + 1] if eos in row else row for row in responses]
+
+
+def main(args):
+    check_flags(args, ["max_length", "n_layer", "n_embd", "vocab_size", "learning_rate", "num_train_epochs", "max_grad_norm",
+                       "temperature", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                       "eval_steps", "save_steps", "save_total_limit", "max_new_tokens"])  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    torch.manual_seed(args.seed)
+
+    # 1. Data and model
+    state = load_checkpoint(args, ["output_dir", "logging_steps", "eval_steps", "track", "save_steps", "save_total_limit",
+                                   "resume", "overwrite", "gradient_checkpointing"])  # fmt: skip
+    splits = {"train": args.dataset_train_split, "test": args.dataset_test_split}
+    rows = {split: load_rows(args.dataset_name, name, ["prompt", "completion"]) for split, name in splits.items()}
+    if args.model_name_or_path == "scratch":
+        size = args.n_embd * (12 * args.n_layer * args.n_embd + args.vocab_size + args.max_length + args.max_new_tokens)
+        if args.n_embd % 32 or args.vocab_size < 258 or size > 1e9:
+            fail(f"--n_embd {args.n_embd} must be a multiple of 32, the width of a head, --vocab_size {args.vocab_size} at least "
+                 f"258, all bytes, pad and EOS, and the model, with {size / 1e9:.2g}B parameters, below 1B")  # fmt: skip
+        # Cut for the vocabulary alone: the trainer did not come back in ten minutes from a megabyte without a space.
+        texts = [args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}" for r in rows["train"]]
+        model, tokenizer = model_from_scratch(args, [text[:4096] for text in texts])
+    else:
+        model, tokenizer = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, "--model_name_or_path")
+    model.to(device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+    data = {}
+    for split, examples in rows.items():
+        encoded = [encode(tokenizer, args.prompt_template, row["prompt"], row["completion"]) for row in examples]
+        data[split] = [(prompt, answer) for prompt, answer in encoded if len(prompt) + len(answer) <= args.max_length]
+        if len(data[split]) < len(encoded):
+            print(f"{split}: left out {len(encoded) - len(data[split])} of {len(encoded)} examples, longer than --max_length")
+        if not data[split]:
+            fail(f"--max_length {args.max_length}: every example of `{split}` is longer; raise it")
+
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = max(len(prompt) + len(answer) for examples in data.values() for prompt, answer in examples)
+    if longest > context:
+        fail(f"--max_length {args.max_length}: the longest example has {longest} tokens, the model's context {context}; lower it")
+    longest = max(len(prompt) for prompt, _ in data["test"])
+    if longest + args.max_new_tokens > context:
+        fail(f"--max_new_tokens {args.max_new_tokens}: with a prompt of {longest} tokens, more than the context of {context}")
+
+    # 2. Optimizer and schedule
+    lengths = [len(prompt) + len(completion) for prompt, completion in data["train"]]
+    batch_size = args.per_device_train_batch_size
+    batches_per_epoch = math.ceil(len(lengths) / batch_size)
+    total_steps = args.max_steps or math.ceil(args.num_train_epochs * batches_per_epoch / args.gradient_accumulation_steps)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True  # one kernel, not hundreds
+    )
+    first_step, seconds, tokens_seen, running_loss = 1, 0.0, 0, []
+    inputs = fingerprint(data)
+    if state:
+        if state["inputs"] != inputs:
+            fail("--resume: the data set or the tokenizer is not what this run began with; restore it, or --overwrite")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, seconds, tokens_seen = state["step"] + 1, state["seconds"], state["tokens_seen"]
+        running_loss = list(state["running_loss"].to(device))
+    output_dir, (metrics_file,) = Path(args.output_dir), open_logs(args, state, ["metrics.jsonl"])
+    if args.track:
+        import wandb
+
+        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True, resume="allow",
+                   id=state["wandb"] if state else None)  # fmt: skip
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print(f"SFT: {num_parameters / 1e6:.2f}M parameters on {device}, {len(lengths)} demonstrations, {total_steps} steps")
+
+    # 3. Training
+    model.train()
+    start_time, batches, signals = time.time() - seconds, None, catch_signals()
+    steps = range(first_step, total_steps + 1)
+    progress = tqdm(steps, desc="sft", initial=first_step - 1, total=total_steps, disable=None)  # no bar without a terminal
+    for step in progress:
+        torch.manual_seed(args.seed * 2**20 + step)  # dropout too is a function of seed and step: --resume needs no more
+        lr = args.learning_rate * warmup_cosine(step, args.warmup_steps, total_steps)
+        optimizer.param_groups[0]["lr"] = lr
+
+        micro_batches = []
+        for k in range((step - 1) * args.gradient_accumulation_steps, step * args.gradient_accumulation_steps):
+            epoch, i = divmod(k, batches_per_epoch)
+            if i == 0 or batches is None:
+                batches = epoch_batches(lengths, batch_size, args.seed + epoch)
+            micro_batches.append([data["train"][j] for j in batches[i]])
+        # Divide by the tokens of the whole step, not of each micro-batch: a token then weighs the same wherever
+        # it falls, and gradient accumulation changes nothing but the memory.
+        num_tokens = sum(len(completion) for micro_batch in micro_batches for _, completion in micro_batch)
+        step_loss = 0.0
+        for micro_batch in micro_batches:
+            with autocast:
+                loss = completion_loss(model, micro_batch, tokenizer.pad_token_id, device) / num_tokens
+            loss.backward()
+            step_loss += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        stop_if_nonfinite(args, f"step {step}", {"loss": step_loss, "gradient norm": grad_norm}, {"examples": micro_batches})
+        optimizer.step()
+        optimizer.zero_grad()
+        running_loss.append(step_loss)
+        tokens_seen += num_tokens
+
+        # 4. Watching
+        metrics = {}
+        if step % args.logging_steps == 0 or step == total_steps:
+            metrics = {"step": step, "loss/train": torch.stack(running_loss).mean().item(), "lr": lr,
+                       "grad_norm": grad_norm.item(), "time": time.time() - start_time,
+                       "tokens_per_second": tokens_seen / (time.time() - start_time)}  # fmt: skip
+            running_loss = []
+        if step % args.eval_steps == 0 or step == total_steps:
+            model.eval()
+            with torch.no_grad(), autocast:
+                losses = [completion_loss(model, data["test"][i : i + batch_size], tokenizer.pad_token_id, device)
+                          for i in range(0, len(data["test"]), batch_size)]  # fmt: skip
+            test_tokens = sum(len(completion) for _, completion in data["test"])
+            metrics = {"step": step, **metrics, "loss/test": torch.stack(losses).sum().item() / test_tokens}
+            shown = data["test"][:: math.ceil(len(data["test"]) / 3)]
+            tqdm.write(f"step {step}: held-out loss {metrics['loss/test']:.3f} nats a token")
+            prompts = [prompt for prompt, _ in shown]
+            responses = sample(model, tokenizer, prompts, args.temperature, args.max_new_tokens, args.seed)
+            samples = [[tokenizer.decode(prompt), tokenizer.decode(response)] for prompt, response in zip(prompts, responses)]
+            for prompt, response in samples:
+                tqdm.write(f"    {prompt!r} ->{response}")
+            if args.track:
+                wandb.log({"samples": wandb.Table(columns=["prompt", "response"], data=samples)}, step=step, commit=False)
+            model.train()
+        if metrics:
+            metrics_file.write(json.dumps(metrics) + "\n")
+            metrics_file.flush()
+            progress.set_postfix(loss=f"{metrics.get('loss/train', metrics.get('loss/test')):.3f}")
+            if args.track:
+                wandb.log(metrics, step=step)
+        stop = bool(signals)  # asked once: a signal may come between two lines
+        if step % args.save_steps == 0 or step == total_steps or stop:
+            save_checkpoint(args, step, [metrics_file], {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "inputs": inputs, "tokens_seen": tokens_seen,
+                "running_loss": torch.tensor(running_loss), "seconds": time.time() - start_time,
+                "wandb": wandb.run.id if args.track else None,
+            })  # fmt: skip
+        if stop:
+            print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
+            raise SystemExit(128 + signals[0])
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on at once
+
+    # 5. What the next stage loads, and any other library too
+    model.config.eos_token_id = tokenizer.eos_token_id  # where its answers end, for stock `generate` too
+    model.generation_config = plain_sampling(tokenizer, args.temperature, args.max_new_tokens)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    metrics_file.close()
+    evaluations = [row for row in map(json.loads, open(output_dir / "metrics.jsonl")) if "loss/test" in row]
+    held_out = f"{evaluations[0]['loss/test']:.3f} -> {evaluations[-1]['loss/test']:.3f} nats a token"
+    write_card(args, "AutoModelForCausalLM", {"base model": args.model_name_or_path, "demonstrations": args.dataset_name,
+                                              "optimizer steps": total_steps, "held-out loss": held_out})  # fmt: skip
+    if args.track:
+        wandb.finish()
+    print(f"SFT took {time.time() - start_time:.0f} s, held-out loss {held_out}; saved to {output_dir}. Next: python reward_model.py"
+          + f" --model_name_or_path {output_dir} ..." * (args.output_dir != Args.output_dir))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing: flags, data, checkpoints, loading. Nothing of the algorithm stands below. Functions marked [shared], here and
+# above, stand in the other scripts too, the same to the letter: each file stands alone.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -382,246 +628,6 @@ def plain_sampling(tokenizer, temperature, max_new_tokens):  # [shared]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-
-
-def pad(rows, value, device):  # [shared]
-    """Right-pad lists of ids to the longest: [B, L]. Under causal attention nothing real can see what stands to
-    its right, so right-padded batches need no attention mask and default positions (0, 1, ...) are exact."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)  # [B, L]
-
-
-def epoch_batches(lengths, batch_size, seed):  # [shared]
-    """Lists of indices, shuffled, each of similar lengths so that little is padded, a function of `seed` only:
-    shuffle all, sort by length within pools of 16 batches, cut into batches, shuffle the batches."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    pools = [order[i : i + 16 * batch_size] for i in range(0, len(order), 16 * batch_size)]
-    pools = [sorted(pool, key=lengths.__getitem__) for pool in pools]
-    batches = [pool[i : i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
-    """Learning rate of optimizer step 1, 2, ..., total_steps as a fraction of its peak."""
-    if step <= warmup_steps:  # 1) linear warm-up
-        return step / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * progress))  # 2) cosine decay, zero after the last step
-
-
-def model_from_scratch(args, texts):
-    """A small GPT-2 and a byte-level BPE tokenizer trained on `texts`: no download, any text can be encoded."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes: no text is out of vocabulary
-    special = ["<pad>", "<eos>"]  # two tokens, not one: stock reward models find the last token by `id != pad`
-    trainer = trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=args.max_length + args.max_new_tokens, n_embd=args.n_embd, n_layer=args.n_layer,
-        n_head=args.n_embd // 32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        activation_function="relu",  # a seventh less time on a CPU than GPT-2's GELU, and the same held-out loss
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config), tokenizer
-
-
-def completion_loss(model, examples, pad_id, device):
-    """Summed negative log-likelihood of the completions' tokens, EOS included.
-
-    examples: (prompt ids, completion ids) pairs. Nothing is learnt from the prompt's tokens: the user writes them.
-    """
-    ids = pad([prompt + completion for prompt, completion in examples], pad_id, device)  # [B, L]
-    starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)[:, None]  # [B, 1]
-    ends = torch.tensor([len(prompt) + len(completion) for prompt, completion in examples], device=device)[:, None]
-    positions = torch.arange(1, ids.shape[1], device=device)  # [L-1] of the token that is predicted
-    is_target = (positions >= starts) & (positions < ends)  # [B, L-1]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [B, L-1, d]
-    logits = model.get_output_embeddings()(hidden[is_target])  # [N, V]: the N completion tokens only, never [B, L, V]
-    return F.cross_entropy(logits.float(), ids[:, 1:][is_target], reduction="sum")
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts, temperature, max_new_tokens, seed):  # [shared]
-    """Responses (lists of ids that end with EOS, or are cut at max_new_tokens) for lists of prompt ids: plain
-    temperature sampling, with nothing of what the model's own generation config says (top-k, penalties, ...)."""
-    kept_config, width = model.generation_config, max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)  # [B, P]
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
-    with torch.random.fork_rng():  # looking at samples must not change the training that follows
-        torch.manual_seed(seed)
-        model.generation_config = plain_sampling(tokenizer, temperature, max_new_tokens)
-        responses = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
-        model.generation_config = kept_config
-    eos = tokenizer.eos_token_id
-    return [row[: row.index(eos) + 1] if eos in row else row for row in responses]
-
-
-def main(args):
-    check_flags(args, ["max_length", "n_layer", "n_embd", "vocab_size", "learning_rate", "num_train_epochs", "max_grad_norm",
-                       "temperature", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-                       "eval_steps", "save_steps", "save_total_limit", "max_new_tokens"])  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-    torch.manual_seed(args.seed)
-
-    # 1. Data and model
-    state = load_checkpoint(args, ["output_dir", "logging_steps", "eval_steps", "track", "save_steps", "save_total_limit",
-                                   "resume", "overwrite", "gradient_checkpointing"])  # fmt: skip
-    splits = {"train": args.dataset_train_split, "test": args.dataset_test_split}
-    rows = {split: load_rows(args.dataset_name, name, ["prompt", "completion"]) for split, name in splits.items()}
-    if args.model_name_or_path == "scratch":
-        size = args.n_embd * (12 * args.n_layer * args.n_embd + args.vocab_size + args.max_length + args.max_new_tokens)
-        if args.n_embd % 32 or args.vocab_size < 258 or size > 1e9:
-            fail(f"--n_embd {args.n_embd} must be a multiple of 32, the width of a head, --vocab_size {args.vocab_size} at least "
-                 f"258, all bytes, pad and EOS, and the model, with {size / 1e9:.2g}B parameters, below 1B")  # fmt: skip
-        # Cut for the vocabulary alone: the trainer did not come back in ten minutes from a megabyte without a space.
-        texts = [args.prompt_template.replace("{prompt}", str(r["prompt"])) + f" {r['completion']}" for r in rows["train"]]
-        model, tokenizer = model_from_scratch(args, [text[:4096] for text in texts])
-    else:
-        model, tokenizer = load_pretrained(AutoModelForCausalLM, args.model_name_or_path, "--model_name_or_path")
-    model.to(device)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-
-    data = {}
-    for split, examples in rows.items():
-        encoded = [encode(tokenizer, args.prompt_template, row["prompt"], row["completion"]) for row in examples]
-        data[split] = [(prompt, answer) for prompt, answer in encoded if len(prompt) + len(answer) <= args.max_length]
-        if len(data[split]) < len(encoded):
-            print(f"{split}: left out {len(encoded) - len(data[split])} of {len(encoded)} examples, longer than --max_length")
-        if not data[split]:
-            fail(f"--max_length {args.max_length}: every example of `{split}` is longer; raise it")
-
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    longest = max(len(prompt) + len(answer) for examples in data.values() for prompt, answer in examples)
-    if longest > context:
-        fail(f"--max_length {args.max_length}: the longest example has {longest} tokens, the model's context {context}; lower it")
-    longest = max(len(prompt) for prompt, _ in data["test"])
-    if longest + args.max_new_tokens > context:
-        fail(f"--max_new_tokens {args.max_new_tokens}: with a prompt of {longest} tokens, more than the context of {context}")
-
-    # 2. Optimizer and schedule
-    lengths = [len(prompt) + len(completion) for prompt, completion in data["train"]]
-    batch_size = args.per_device_train_batch_size
-    batches_per_epoch = math.ceil(len(lengths) / batch_size)
-    total_steps = args.max_steps or math.ceil(args.num_train_epochs * batches_per_epoch / args.gradient_accumulation_steps)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True  # one kernel, not hundreds
-    )
-    first_step, seconds, tokens_seen, running_loss = 1, 0.0, 0, []
-    inputs = fingerprint(data)
-    if state:
-        if state["inputs"] != inputs:
-            fail("--resume: the data set or the tokenizer is not what this run began with; restore it, or --overwrite")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step, seconds, tokens_seen = state["step"] + 1, state["seconds"], state["tokens_seen"]
-        running_loss = list(state["running_loss"].to(device))
-    output_dir, (metrics_file,) = Path(args.output_dir), open_logs(args, state, ["metrics.jsonl"])
-    if args.track:
-        import wandb
-
-        wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True, resume="allow",
-                   id=state["wandb"] if state else None)  # fmt: skip
-    num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"SFT: {num_parameters / 1e6:.2f}M parameters on {device}, {len(lengths)} demonstrations, {total_steps} steps")
-
-    # 3. Training
-    model.train()
-    start_time, batches, signals = time.time() - seconds, None, catch_signals()
-    steps = range(first_step, total_steps + 1)
-    progress = tqdm(steps, desc="sft", initial=first_step - 1, total=total_steps, disable=None)  # no bar without a terminal
-    for step in progress:
-        torch.manual_seed(args.seed * 2**20 + step)  # dropout too is a function of seed and step: --resume needs no more
-        lr = args.learning_rate * warmup_cosine(step, args.warmup_steps, total_steps)
-        optimizer.param_groups[0]["lr"] = lr
-
-        micro_batches = []
-        for k in range((step - 1) * args.gradient_accumulation_steps, step * args.gradient_accumulation_steps):
-            epoch, i = divmod(k, batches_per_epoch)
-            if i == 0 or batches is None:
-                batches = epoch_batches(lengths, batch_size, args.seed + epoch)
-            micro_batches.append([data["train"][j] for j in batches[i]])
-        # Divide by the tokens of the whole step, not of each micro-batch: a token then weighs the same wherever
-        # it falls, and gradient accumulation changes nothing but the memory.
-        num_tokens = sum(len(completion) for micro_batch in micro_batches for _, completion in micro_batch)
-        step_loss = 0.0
-        for micro_batch in micro_batches:
-            with autocast:
-                loss = completion_loss(model, micro_batch, tokenizer.pad_token_id, device) / num_tokens
-            loss.backward()
-            step_loss += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        stop_if_nonfinite(args, f"step {step}", {"loss": step_loss, "gradient norm": grad_norm}, {"examples": micro_batches})
-        optimizer.step()
-        optimizer.zero_grad()
-        running_loss.append(step_loss)
-        tokens_seen += num_tokens
-
-        # 4. Watching
-        metrics = {}
-        if step % args.logging_steps == 0 or step == total_steps:
-            metrics = {"step": step, "loss/train": torch.stack(running_loss).mean().item(), "lr": lr,
-                       "grad_norm": grad_norm.item(), "time": time.time() - start_time,
-                       "tokens_per_second": tokens_seen / (time.time() - start_time)}  # fmt: skip
-            running_loss = []
-        if step % args.eval_steps == 0 or step == total_steps:
-            model.eval()
-            with torch.no_grad(), autocast:
-                losses = [completion_loss(model, data["test"][i : i + batch_size], tokenizer.pad_token_id, device)
-                          for i in range(0, len(data["test"]), batch_size)]  # fmt: skip
-            test_tokens = sum(len(completion) for _, completion in data["test"])
-            metrics = {"step": step, **metrics, "loss/test": torch.stack(losses).sum().item() / test_tokens}
-            shown = data["test"][:: math.ceil(len(data["test"]) / 3)]
-            tqdm.write(f"step {step}: held-out loss {metrics['loss/test']:.3f} nats a token")
-            prompts = [prompt for prompt, _ in shown]
-            responses = sample(model, tokenizer, prompts, args.temperature, args.max_new_tokens, args.seed)
-            samples = [[tokenizer.decode(prompt), tokenizer.decode(response)] for prompt, response in zip(prompts, responses)]
-            for prompt, response in samples:
-                tqdm.write(f"    {prompt!r} ->{response}")
-            if args.track:
-                wandb.log({"samples": wandb.Table(columns=["prompt", "response"], data=samples)}, step=step, commit=False)
-            model.train()
-        if metrics:
-            metrics_file.write(json.dumps(metrics) + "\n")
-            metrics_file.flush()
-            progress.set_postfix(loss=f"{metrics.get('loss/train', metrics.get('loss/test')):.3f}")
-            if args.track:
-                wandb.log(metrics, step=step)
-        stop = bool(signals)  # asked once: a signal may come between two lines
-        if step % args.save_steps == 0 or step == total_steps or stop:
-            save_checkpoint(args, step, [metrics_file], {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "inputs": inputs, "tokens_seen": tokens_seen,
-                "running_loss": torch.tensor(running_loss), "seconds": time.time() - start_time,
-                "wandb": wandb.run.id if args.track else None,
-            })  # fmt: skip
-        if stop:
-            print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
-            raise SystemExit(128 + signals[0])
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on at once
-
-    # 5. What the next stage loads, and any other library too
-    model.config.eos_token_id = tokenizer.eos_token_id  # where its answers end, for stock `generate` too
-    model.generation_config = plain_sampling(tokenizer, args.temperature, args.max_new_tokens)
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    metrics_file.close()
-    evaluations = [row for row in map(json.loads, open(output_dir / "metrics.jsonl")) if "loss/test" in row]
-    held_out = f"{evaluations[0]['loss/test']:.3f} -> {evaluations[-1]['loss/test']:.3f} nats a token"
-    write_card(args, "AutoModelForCausalLM", {"base model": args.model_name_or_path, "demonstrations": args.dataset_name,
-                                              "optimizer steps": total_steps, "held-out loss": held_out})  # fmt: skip
-    if args.track:
-        wandb.finish()
-    print(f"SFT took {time.time() - start_time:.0f} s, held-out loss {held_out}; saved to {output_dir}. Next: python reward_model.py"
-          + f" --model_name_or_path {output_dir} ..." * (args.output_dir != Args.output_dir))  # fmt: skip
 
 
 if __name__ == "__main__":
