@@ -463,11 +463,11 @@ def main(args):
     # ============================================================================================================
     # Models: policy and reference start as the same SFT model; the value head is one linear layer on the policy's trunk
     # ============================================================================================================
-    for path, flag, command in ((args.sft_model_path, "--sft_model_path", "python sft.py"),
-                                *((path, "--reward_model_path", "python reward_model.py") for path in args.reward_model_path)):  # fmt: skip
-        if path in (Args.sft_model_path, *Args.reward_model_path) and not (Path(path) / "config.json").exists():
-            fail(f"there is no model in {path} yet: `{command}` makes it (or name one: {flag})")
+    for path in (args.sft_model_path, *args.reward_model_path):
+        if path in ("runs/sft", "runs/reward_model") and not (Path(path) / "config.json").exists():
+            fail(f"there is no model in {path} yet: `python {Path(path).name}.py` makes it (or name one: --sft_model_path, --reward_model_path)")
     policy, tokenizer = load_model(AutoModelForCausalLM, args.sft_model_path, "--sft_model_path")
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     reward_models = []
     for path in args.reward_model_path:
         reward_model, reward_tokenizer = load_model(AutoModelForSequenceClassification, path, "--reward_model_path")
@@ -528,7 +528,7 @@ def main(args):
 
     by_length = sorted((ids for _, ids in data["train"]), key=len)
     extremes = [torch.tensor(by_length[i], device=device) for i in (0, -1)]  # ragged: padding is what goes wrong
-    check_model(policy.eval(), extremes, T, tokenizer.pad_token_id, f"--sft_model_path {args.sft_model_path}")
+    check_model(policy.eval(), extremes, T, pad_id, f"--sft_model_path {args.sft_model_path}")
 
     first_update, seconds, beta = 1, 0.0, args.beta
     scales = [(model.config.reward_mean, model.config.reward_std) for model in reward_models]
@@ -578,13 +578,11 @@ def main(args):
         clock = [now(device)]
         policy.eval()
         batch = [data["train"][i] for i in order[(update - 1) * B : update * B]]
-        prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in batch], tokenizer.pad_token_id, device)
+        prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in batch], pad_id, device)
         uniforms = torch.rand(T, B, device=device)  # [T, B]
-        responses, response_lengths = rollout(
-            sampler, prompts, prompt_mask, uniforms, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id
-        )  # [B, T], [B]
+        responses, response_lengths = rollout(sampler, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [B, T]
         mask = (torch.arange(T, device=device) < response_lengths[:, None]).float()  # [B, T] the one mask
-        ended = responses.gather(1, response_lengths[:, None] - 1)[:, 0] == tokenizer.eos_token_id  # [B]
+        ended = responses.gather(1, response_lengths[:, None] - 1)[:, 0] == eos_id  # [B]
         sequences = roll_left(prompts, responses, prompt_lengths)  # [B, P+T]
         lengths = prompt_lengths + response_lengths  # [B]
         # The host learns the lengths once, to cut micro-batches to their longest row; all else stays on the device.
@@ -660,7 +658,7 @@ def main(args):
                 picked = [demonstrations[i] for i in torch.randint(len(demonstrations), (len(minibatch),)).tolist()]
                 num_tokens = sum(len(response) for _, response in picked)
                 for i in range(0, len(picked), micro_size):
-                    ids, starts, labels, m = lay_out(picked[i : i + micro_size], tokenizer.pad_token_id, device)
+                    ids, starts, labels, m = lay_out(picked[i : i + micro_size], pad_id, device)
                     new_logprobs, _, _ = forward(
                         policy, value_head, ids, starts, labels, m, 1.0, autocast, critic=critic
                     )  # [b, t]
@@ -720,10 +718,9 @@ def main(args):
         if look:  # mode collapse shows when a prompt is answered again and again: the share of different ones among 16 answers
             policy.eval()
             again = [ids for _, ids in batch[: max(1, B // 16)] for _ in range(16)]
-            prompts, prompt_mask, _ = left_pad(again, tokenizer.pad_token_id, device)
+            prompts, prompt_mask, _ = left_pad(again, pad_id, device)
             uniforms = torch.rand(T, len(again), device=device)  # [T, b]
-            repeats, _ = rollout(sampler, prompts, prompt_mask, uniforms, args.temperature, tokenizer.eos_token_id,
-                                 tokenizer.pad_token_id)  # [b, T]  # fmt: skip
+            repeats, _ = rollout(sampler, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [b, T]
             metrics["val/distinct_responses"] = sum(len(group.unique(dim=0)) for group in repeats.split(16)) / len(again)
         # Ziegler et al. 2019, section 2.2: a proportional controller in log space, whose error is clipped
         if args.adaptive_kl_target > 0:
@@ -765,8 +762,7 @@ def main(args):
     # ============================================================================================================
     # The end: save, then answer the held-out prompts with the SFT model and with the policy
     # ============================================================================================================
-    policy.config.pad_token_id = tokenizer.pad_token_id
-    policy.config.eos_token_id = tokenizer.eos_token_id  # where its answers end, for stock `generate` too
+    policy.config.pad_token_id, policy.config.eos_token_id = pad_id, eos_id  # where its answers end, for stock `generate` too
     policy.generation_config = plain_sampling(tokenizer, args.temperature, args.max_new_tokens)
     policy.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
@@ -777,12 +773,10 @@ def main(args):
     results = [{"prompt": prompt} for prompt, _ in data["test"]]
     for start in range(0, len(results), B):
         chunk = data["test"][start : start + B]
-        prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in chunk], tokenizer.pad_token_id, device)
+        prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in chunk], pad_id, device)
         uniforms = torch.rand(T, len(chunk), device=device)  # [T, b] the same luck for both
         for name, model in (("sft", reference), ("ppo", sampler)):
-            responses, response_lengths = rollout(
-                model, prompts, prompt_mask, uniforms, args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id
-            )
+            responses, response_lengths = rollout(model, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [b, T]
             sequences, lengths = roll_left(prompts, responses, prompt_lengths), prompt_lengths + response_lengths
             each = torch.stack([reward_fn(model, tokenizer, sequences, prompt_lengths, lengths) for model in reward_models])
             answer_scores = ensemble_scores(each, args.ensemble, args.ensemble_coef).tolist()

@@ -42,7 +42,7 @@ MUTANTS = {
     "whitened without the shift": ("whitened = (x - mean) * torch.rsqrt", "whitened = x * torch.rsqrt"),
     "missing-EOS penalty dropped": ("args.missing_eos_penalty * ~ended", "args.missing_eos_penalty * 0"),
     "missing-EOS penalty for EOS in the last slot": (
-        "ended = responses.gather(1, response_lengths[:, None] - 1)[:, 0] == tokenizer.eos_token_id",
+        "ended = responses.gather(1, response_lengths[:, None] - 1)[:, 0] == eos_id",
         "ended = response_lengths < T",
     ),
     # ---- losses ----
@@ -78,7 +78,7 @@ MUTANTS = {
     ),
     "mask from ids": (
         "mask = (torch.arange(T, device=device) < response_lengths[:, None]).float()",
-        "mask = (responses != tokenizer.pad_token_id).float()",
+        "mask = (responses != pad_id).float()",
     ),
     "output layer on the wrong slot": (
         "slots = prompt_lengths[:, None] - 1 + torch.arange(T",
