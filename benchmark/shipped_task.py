@@ -1,78 +1,79 @@
 """The README's table on the shipped task: all three stages over seeds, PPO at several betas, judged by the gold judge.
 
-    python benchmark/shipped_task.py --seeds 1 2 3          # 35 minutes on two CPU cores
+    python benchmark/shipped_task.py --seeds 1 2 3
 
-Every run is a fresh process with default flags, but for seed, beta, folders and, for beta 0, twice the episodes. What has
-been run is kept in --work_dir and skipped the next time, so a stopped sweep goes on. Raw rows go to
-benchmark/results/shipped_task.jsonl.
+Every run is a fresh process with default flags, but for seed, beta, folders and, for beta 0, twice the episodes; two at a time,
+each on one thread. What has been run is kept in --base_dir and skipped the next time, so a stopped sweep goes on. Raw rows go to
+benchmark/results/shipped_task.jsonl, where those of other seeds and runs stay.
+
+The judge compares the answers of runs/ppo/eval.jsonl: PPO's to the held-out prompts with the SFT model's, drawn with the same luck.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-# label: flags of ppo_rlhf.py
-RUNS = {
+import common
+
+RUNS = {  # label: flags of ppo_rlhf.py
     "beta 0.1": ["--beta", "0.1"],
     "beta 1.0": ["--beta", "1.0"],
     "beta 0.1, long": ["--beta", "0.1", "--total_episodes", "10240"],
     "beta 0, long": ["--beta", "0", "--total_episodes", "10240"],
 }
-
-
-def stage(script, folder, *flags):
-    """Run one stage unless its folder says that it is done; -> wall seconds of the whole process."""
-    done = folder / "wall_seconds"
-    if not done.exists():
-        start = time.time()
-        with open(folder.parent / f"{folder.name}.log", "w") as log:
-            command = [sys.executable, script, "--output_dir", folder, "--resume", *flags]  # goes on if it was stopped
-            subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
-        done.write_text(str(time.time() - start))
-    return float(done.read_text())
+COLUMNS = {"rm_score": 2, "kl": 1, "gold_sft": 2, "gold_ppo": 2, "closed": 2, "win_rate": 3}  # name: digits
 
 
 def judge(*arguments):
-    out = subprocess.run([sys.executable, "data/judge.py", "--json", *arguments], cwd=ROOT, check=True, capture_output=True)
-    return json.loads(out.stdout)
+    command = [sys.executable, "data/judge.py", "--json", *arguments]
+    return json.loads(subprocess.run(command, cwd=common.ROOT, check=True, capture_output=True).stdout)
 
 
 def last(path, key):
-    return [row[key] for row in map(json.loads, path.read_text().splitlines()) if key in row][-1]
+    return [row[key] for row in common.read_jsonl(path) if key in row][-1]
+
+
+def figures(label, seed, base, folder):
+    """Row of one run."""
+    reward_model, judged = base / "reward_model", judge(folder / "eval.jsonl")["files"][0]
+    seconds = [round(float((path / "wall_seconds").read_text())) for path in (base / "sft", reward_model, folder)]
+    return {"run": label, "seed": seed, "seconds": seconds, "rm_accuracy": last(reward_model / "metrics.jsonl", "eval/accuracy"),
+            "kl": last(folder / "metrics.jsonl", "objective/kl"), "length": last(folder / "metrics.jsonl", "response_length"),
+            "rm_score": common.mean(row["ppo_score"] for row in common.read_jsonl(folder / "eval.jsonl")),
+            **{key: value for key, value in judged.items() if key != "file"}}  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", nargs="+", default=["beta 0.1", "beta 1.0", "beta 0, long"], choices=list(RUNS))
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "runs/shipped_task")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, on an equal share of the cores")
+    parser.add_argument("--base_dir", type=Path, default=common.BASELINES)
+    parser.add_argument("--output_dir", type=Path, default=common.RESULTS)
     args = parser.parse_args()
-    ceiling = judge("--preferences", "data/preferences/test.jsonl")["gold_agreement"]
-    rows = []
-    for label in args.runs:  # the first label over all seeds first: a stopped sweep has the main result
-        for seed in args.seeds:
-            base = (args.work_dir / f"seed{seed}").resolve()
-            base.mkdir(parents=True, exist_ok=True)
-            sft, reward_model, ppo = base / "sft", base / "reward_model", base / label.replace(" ", "_").replace(",", "")
-            seconds = [stage("sft.py", sft, "--seed", str(seed))]
-            seconds += [stage("reward_model.py", reward_model, "--seed", str(seed), "--model_name_or_path", sft)]
-            seconds += [stage("ppo_rlhf.py", ppo, "--seed", str(seed), "--sft_model_path", sft, "--reward_model_path", reward_model,
-                              *RUNS[label])]  # fmt: skip
-            evaluation = [json.loads(line) for line in open(ppo / "eval.jsonl")]
-            rows.append({
-                "run": label, "seed": seed, "seconds": [round(s) for s in seconds],
-                "rm_accuracy": last(reward_model / "metrics.jsonl", "eval/accuracy"), "gold_accuracy": ceiling,
-                "kl": last(ppo / "metrics.jsonl", "objective/kl"), "length": last(ppo / "metrics.jsonl", "response_length"),
-                "rm_score": sum(row["ppo_score"] for row in evaluation) / len(evaluation), **judge(ppo / "eval.jsonl")["files"][0],
-            })  # fmt: skip
-            print(json.dumps(rows[-1]), flush=True)
-    results = ROOT / "benchmark/results"
-    results.mkdir(exist_ok=True)
-    (results / "shipped_task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base_dir, path = args.base_dir.resolve(), args.output_dir / "shipped_task.jsonl"
+    common.baselines(base_dir, args.seeds, args.parallel)
+    asked = [(label, seed, base_dir / f"seed{seed}") for label in args.runs for seed in args.seeds]
+    folders = [base / label.replace(" ", "_").replace(",", "") for label, _, base in asked]
+    common.run_all([common.ppo_job(folder, base, seed, *RUNS[label]) for folder, (label, seed, base) in zip(folders, asked)],
+                   args.parallel, "ppo")  # fmt: skip
+    rows = {(row["run"], row["seed"]): row for row in (common.read_jsonl(path) if path.exists() else [])}
+    rows |= {(label, seed): figures(label, seed, base, folder) for folder, (label, seed, base) in zip(folders, asked)}
+    common.write_jsonl(path, [rows[key] for label in RUNS for key in sorted(rows) if key[0] == label])
+
+    print(f"of the held-out labels the gold scores get {judge('--preferences', 'data/preferences/test.jsonl')['gold_agreement']:.1%}")
+    print("mean over seeds (range) [95% interval of the mean, Student's t]")
+    for label in args.runs:
+        for key, digits in {"rm_accuracy": 3, **COLUMNS}.items():
+            values = [rows[label, seed][key] for seed in args.seeds]
+            text = f"{common.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+            if len(values) in common.T_975:
+                half = common.T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+                text += f" [+-{half:.{digits}f}]"
+            print(f"{label:16}{key:14}{text}")
 
 
 if __name__ == "__main__":

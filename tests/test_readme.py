@@ -31,3 +31,21 @@ def test_ci_runs_the_test_command():
     """The command that users are told to run is the one that is known to pass."""
     command = re.search(r"^    (pip install .*pytest.*)$", README, re.MULTILINE)[1]
     assert command.replace("pip install", "pip install -q") in (REPOSITORY / ".ci/run").read_text()
+
+
+def test_readme_is_read_in_five_minutes():
+    """At 250 words a minute; commands, outputs and pictures are looked at, not read, and what is folded is for later."""
+    text = re.sub(r"<details>.*?</details>|```.*?```|^    .*?$|!\[.*?\]\(.*?\)", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert len(re.sub(r"\]\(\S*?\)", "]", text).split()) <= 1250
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmark/README.md", "data/README.md"])
+def test_links_lead_somewhere(page):
+    """Every relative link is a file of the repository, and every #anchor a heading of the page that it is on."""
+    here = REPOSITORY / page
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", here.read_text()):
+        target = (here.parent / path).resolve() if path else here
+        assert target.exists(), path
+        if target.suffix == ".md" and anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
