@@ -28,10 +28,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no window
-import matplotlib.pyplot as plt
 from common import (BASELINES, COLOURS, RESULTS, ROOT, T_975, answers, baselines, held_out, load, mean, ppo_job, ppo_rlhf, run_all,
                     write_jsonl)  # fmt: skip
 from judge import judge
@@ -69,7 +65,7 @@ DETAILS = {
         "0.1 in the policy: sampling, old log-probs, update",
         {"setattr(config, name, 0.0)": "setattr(config, name, 0.1 if auto_class is AutoModelForCausalLM else 0.0)",
          "        policy.eval()\n        batch = ": "        policy.train()\n        batch = ",
-         "policy.train(args.gradient_checkpointing)": "policy.train()"}, [],
+         "model.train(args.gradient_checkpointing)": "model.train()"}, [],
     ),
     "missing-EOS penalty": ("--missing_eos_penalty 0", {}, ["--missing_eos_penalty", 0]),
     "value head from zero": (
@@ -177,6 +173,11 @@ def print_table(found):
 
 def draw(found, seeds, path):
     """A row for each detail: the difference of each seed as a mark, their mean as a bar, its interval as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only, no window
+    import matplotlib.pyplot as plt
+
     whole, sft = found[WHOLE]["gold"], mean(found["SFT model"]["difference"])
     names = [name for name in found if name in DETAILS and name != WHOLE]
     plt.rcParams.update({"font.size": 9.5, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False})

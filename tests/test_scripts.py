@@ -419,3 +419,13 @@ def test_normalization_samples_the_training_prompts(folder, monkeypatch):
     assert sorted(texts) == sorted(2 * [f"Prompt: {p}\nResponse:" for p in PROMPTS])
     config = transformers.AutoConfig.from_pretrained(folder / "out" / "reward_model")
     assert math.isfinite(config.reward_mean) and config.reward_std > 0
+
+
+def test_the_benchmark_of_details_finds_each_of_them():
+    """benchmark/details.py takes details out by replacing texts of ppo_rlhf.py: each must stand there exactly once."""
+    sys.path.append(str(REPOSITORY / "benchmark"))
+    import details
+
+    texts = [text for _, edits, _ in details.DETAILS.values() for text in edits] + [text for _, text, _ in details.CHECKS.values()]
+    source = (REPOSITORY / "ppo_rlhf.py").read_text(encoding="utf-8")  # not a mutant's
+    assert {text: source.count(text) for text in texts} == dict.fromkeys(texts, 1)
