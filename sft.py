@@ -524,7 +524,7 @@ def save_checkpoint(args, step, logs, state):  # [shared]
     except (OSError, RuntimeError) as error:
         while error.__context__:  # torch hides the reason of a failed write in the context of its own error, or deeper
             error = error.__context__
-        fail(f"step {step}: no checkpoint could be written to {folder} ({error}); the last one is whole: "
+        fail(f"step {step}: no checkpoint could be written to {folder} ({error}); earlier ones are whole: "
              "make room, then --resume", status=1)  # fmt: skip
     for path in sorted(folder.glob("*.pt"), key=os.path.getmtime)[: -args.save_total_limit]:  # a later step may be damaged
         path.unlink()
@@ -549,7 +549,7 @@ def stop_if_nonfinite(args, where, tensors, batch):  # [shared]
     if bad:
         path = Path(args.output_dir) / "nonfinite.pt"
         torch.save({**tensors, **batch}, path)
-        fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, the last checkpoint is whole; the batch is in "
+        fail(f"{where}: {' and '.join(bad)} not finite. Nothing of it was applied, earlier checkpoints are whole; the batch is in "
              f"{path}, for torch.load", status=1)  # fmt: skip
 
 
@@ -640,4 +640,4 @@ if __name__ == "__main__":
              "--gradient_accumulation_steps or a smaller --max_length makes another run: --overwrite "
              f"({str(error).splitlines()[0]})", status=1)  # fmt: skip
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
-        fail(f"{error}; the last checkpoint is whole: mend it, then --resume", status=1)
+        fail(f"{error}; earlier checkpoints are whole: mend it, then --resume", status=1)

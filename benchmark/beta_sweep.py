@@ -54,9 +54,8 @@ FAMILIES = {  # how the fit of each is drawn
 
 
 def quiet():
-    """For a process that judges: one thread, no progress bars."""
+    """For a process that judges: one thread."""
     torch.set_num_threads(1)
-    ppo_rlhf.transformers.logging.disable_progress_bar()
 
 
 def cached(path, make, *arguments):

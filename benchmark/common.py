@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import ppo_rlhf  # noqa: E402
 from judge import judge  # noqa: E402
 
+ppo_rlhf.transformers.logging.set_verbosity_error(), ppo_rlhf.transformers.logging.disable_progress_bar()
 BASELINES = ROOT / "runs/shipped_task"  # seed1/{sft,reward_model} and so on: where shipped_task.py leaves them
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000"]  # Okabe and Ito's, without yellow
 

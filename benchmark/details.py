@@ -240,7 +240,6 @@ def main():
         write_copy(folders[name] / "checked/ppo_rlhf.py", source, edits, name)
         write_copy(folders[name] / "ppo_rlhf.py", source, {**edits, **checks_out}, name)
     began.write_text(json.dumps(now))
-    ppo_rlhf.transformers.logging.set_verbosity_error(), ppo_rlhf.transformers.logging.disable_progress_bar()
 
     baselines(base, seeds, args.parallel)
     first = base / f"seed{seeds[0]}"

@@ -210,7 +210,6 @@ def main():
         fail(f"--pairs: each must be 1 to {everything}, the pairs in {PAIRS / 'train.jsonl'}")
     base, work_dir = args.base_dir.resolve(), args.work_dir.resolve()
     ppo_dir = (args.ppo_dir or base / "beta_sweep").resolve()
-    ppo_rlhf.transformers.logging.set_verbosity_error(), ppo_rlhf.transformers.logging.disable_progress_bar()
 
     baselines(base, args.seeds, args.parallel)
     folders = {(pairs, seed): base / f"seed{seed}/reward_model" if pairs == everything else work_dir / f"seed{seed}/pairs_{pairs}"
