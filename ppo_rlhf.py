@@ -156,7 +156,7 @@ class Args:
     """weight of an entropy bonus: more than 0 keeps the policy from collapsing onto one answer"""
     ptx_coef: float = 0.0
     """weight of the SFT loss on demonstrations, one for each episode of a minibatch: against forgetting (PPO-ptx, Ouyang et
-    al. 2022); at a small beta also the best remedy against over-optimization on the shipped task (0.1 at beta 0.01)"""
+    al. 2022)"""
     ptx_dataset_name: str = "data/demonstrations"
     """with ptx_coef: a Hub name or a local folder; columns `prompt` and `completion`, split dataset_train_split"""
     max_grad_norm: float = 1.0

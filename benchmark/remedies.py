@@ -8,7 +8,7 @@ run is kept in BASE_DIR/remedies, and a stopped sweep goes on. The final policie
 answers to each: gold score and reward-model score (of the seed's own reward model, in every row), KL, length, share of different
 answers; and their perplexity on the held-out demonstrations: what the SFT model knew and the policy forgot, the alignment tax.
 A remedy's effect is its difference to `none` with the same seed; the interval is Student's, 95%, over the seeds.
-Rows go to benchmark/results/remedies.jsonl, the picture to benchmark/results/remedies.png.
+Rows go to benchmark/results/remedies.jsonl, where those of other seeds and remedies stay, the picture to remedies.png beside it.
 """
 
 import argparse
@@ -124,21 +124,24 @@ def main():
             flags += [flag.format(**values) for flag in REMEDIES[name]]  # of two --beta, the last counts
             jobs[name, seed] = common.ppo_job(folder, base / f"seed{seed}", seed, *flags)
     common.run_all(list(jobs.values()), args.parallel, "ppo")
-    rows = []
+    path = common.RESULTS / "remedies.jsonl"
+    same = {"beta": args.beta, "episodes": args.total_episodes, "samples": args.samples}  # rows of other seeds and remedies stay
+    found = {(row["remedy"], row["seed"]): row for row in (common.read_jsonl(path) if path.exists() else []) if same.items() <= row.items()}
     for (name, seed), (folder, _) in jobs.items():
-        seconds = float((folder / "wall_seconds").read_text())
-        rows.append({"remedy": name, "seed": seed, "beta": args.beta, "episodes": args.total_episodes, "seconds": seconds,
-                     **measure(folder, base / f"seed{seed}", args.samples)})  # fmt: skip
-    common.write_jsonl(common.RESULTS / "remedies.jsonl", rows)
+        found[name, seed] = {"remedy": name, "seed": seed, **same, "seconds": float((folder / "wall_seconds").read_text()),
+                             **measure(folder, base / f"seed{seed}", args.samples)}  # fmt: skip
+    rows = [found[key] for name in REMEDIES for key in sorted(found) if key[0] == name]
+    common.write_jsonl(path, rows)
 
-    print("| remedy | " + " | ".join(title for title, _ in COLUMNS.values()) + " | effect on gold, 95% interval |")
-    print("| --- " * (len(COLUMNS) + 2) + "|")
-    for name in args.remedies:
-        cells = [f"{common.mean(row[key] for row in rows if row['remedy'] == name):.{digits}f}" for key, (_, digits) in COLUMNS.items()]
+    print("| remedy | seeds | " + " | ".join(title for title, _ in COLUMNS.values()) + " | effect on gold, 95% interval |")
+    print("| --- " * (len(COLUMNS) + 3) + "|")
+    for name in dict.fromkeys(row["remedy"] for row in rows):
+        own = [row for row in rows if row["remedy"] == name]
+        cells = [str(len(own))] + [f"{common.mean(row[key] for row in own):.{digits}f}" for key, (_, digits) in COLUMNS.items()]
         mean, half, _ = effect(rows, name, "gold")
         cells.append("" if name == "none" else f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
         print(f"| {name} | " + " | ".join(cells) + " |")
-    if len(args.remedies) > 1:
+    if {row["remedy"] for row in rows} != {"none"}:
         draw(rows, common.RESULTS / "remedies.png")
 
 
