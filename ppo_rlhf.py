@@ -270,7 +270,7 @@ def value_loss(new_values, old_values, returns, cliprange_value):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The models' side: sampling, hidden states of responses, scores.
+# The models' side: sampling, hidden states of responses, scores; then what a model must be like to be trained here.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +436,50 @@ def lay_out(examples, pad_id, device):
     return roll_left(prompts, labels, prompt_lengths), prompt_lengths, labels, mask.flip(1).float()
 
 
+def load_model(auto_class, path, flag):
+    """(model, tokenizer) without dropout: it would change the log-probs between rollout and update."""
+
+    def edit_config(config):
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel: 40% less memory for GPT-2
+
+    model, tokenizer = load_pretrained(auto_class, path, flag, edit_config)
+    head = getattr(model, "score", None)
+    if auto_class is AutoModelForSequenceClassification and getattr(head, "out_features", 0) != 1:
+        fail(f"{flag} {path}: is no reward model: its head is {head}, not a linear layer `score` with one output")
+    model.config.pad_token_id = None  # or GPT-2's forward looks for pads in every batch: a wait for the device
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_model(model, prompts, T, pad_id, flag):
+    """Compare sampler and scorer with the model's own forward on single rows; the run ends here if they differ.
+
+    Some families scale their logits after the output layer (Gemma 2, Cohere, Granite), some do not obey a boolean mask
+    or a cache of full length (GPT-J, GPT-Neo, sliding windows). Nothing would crash: another policy would learn."""
+    device, family = prompts[0].device, f"{flag}: the model family `{model.config.model_type}` is not supported"
+    ids, mask, lengths = left_pad([prompt.tolist() for prompt in prompts], pad_id, device)  # [B, P], [B, P], [B]
+    uniforms, worst = torch.rand(T, len(prompts), device=device), 0.0
+    try:
+        responses, _ = rollout(model, ids, mask, uniforms, 1.0, -1, pad_id)  # [B, T] no EOS: all T tokens
+        for prompt, response, u, length in zip(prompts, responses, uniforms.T, lengths):
+            row = torch.cat([prompt, response])[None]  # [1, p+T] unpadded
+            stock = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # [T, V]
+            ours = model.get_output_embeddings()(response_states(model, row, length[None], T))[0].float()  # [T, V]
+            p = stock.softmax(-1)  # [T, V]
+            above = p.cumsum(-1).gather(1, response[:, None])[:, 0]  # [T] the CDF at the sampled token, then before it
+            below = above - p.gather(1, response[:, None])[:, 0]  # [T]; u lies between the two, up to rounding
+            errors = (p - ours.softmax(-1)).abs().max(), (below - u).max(), (u - above).max()
+            worst = max(worst, *(math.inf if error.isnan() else error.item() for error in errors))
+    except Exception as error:
+        fail(f"{family} ({(str(error) or type(error).__name__).splitlines()[0]})")
+    if worst > 1e-3:
+        fail(f"{family}: probabilities of sampler and scorer differ from its own forward's by {worst:.2g}")
+
+
 def main(args):
     check_flags(args, ["batch_size", "total_episodes", "max_prompt_length", "max_new_tokens", "temperature", "learning_rate",
                        "value_learning_rate", "cliprange", "cliprange_value", "num_ppo_epochs", "num_mini_batches",
@@ -466,7 +510,8 @@ def main(args):
     # ============================================================================================================
     for path in (args.sft_model_path, *args.reward_model_path):
         if path in ("runs/sft", "runs/reward_model") and not (Path(path) / "config.json").exists():
-            fail(f"there is no model in {path} yet: `python {Path(path).name}.py` makes it (or name one: --sft_model_path, --reward_model_path)")
+            fail(f"there is no model in {path} yet: `python {Path(path).name}.py` makes it (or name one: --sft_model_path, "
+                 "--reward_model_path)")  # fmt: skip
     policy, tokenizer = load_model(AutoModelForCausalLM, args.sft_model_path, "--sft_model_path")
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     reward_models = []
@@ -660,9 +705,7 @@ def main(args):
                 num_tokens = sum(len(response) for _, response in picked)
                 for i in range(0, len(picked), micro_size):
                     ids, starts, labels, m = lay_out(picked[i : i + micro_size], pad_id, device)
-                    new_logprobs, _, _ = forward(
-                        policy, value_head, ids, starts, labels, m, 1.0, autocast, critic=critic
-                    )  # [b, t]
+                    new_logprobs, _, _ = forward(policy, value_head, ids, starts, labels, m, 1.0, autocast, critic=critic)  # [b, t]
                     ptx_loss = -(new_logprobs * m).sum() / num_tokens
                     (args.ptx_coef * ptx_loss).backward()
                     stats[k, 8] += ptx_loss.detach()
@@ -803,8 +846,8 @@ def main(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Plumbing: flags, data, checkpoints, loading. Nothing of the algorithm stands below. Functions marked [shared], here and
-# above, stand in the other scripts too, the same to the letter: each file stands alone.
+# Plumbing: flags, data, checkpoints, files. What is learnt, and how, stands above. Functions marked [shared], here and above,
+# stand in the other scripts too, the same to the letter: each file stands alone.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -1069,50 +1112,6 @@ def plain_sampling(tokenizer, temperature, max_new_tokens):  # [shared]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-
-
-def load_model(auto_class, path, flag):
-    """(model, tokenizer) without dropout: it would change the log-probs between rollout and update."""
-
-    def edit_config(config):
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel: 40% less memory for GPT-2
-
-    model, tokenizer = load_pretrained(auto_class, path, flag, edit_config)
-    head = getattr(model, "score", None)
-    if auto_class is AutoModelForSequenceClassification and getattr(head, "out_features", 0) != 1:
-        fail(f"{flag} {path}: is no reward model: its head is {head}, not a linear layer `score` with one output")
-    model.config.pad_token_id = None  # or GPT-2's forward looks for pads in every batch: a wait for the device
-    return model, tokenizer
-
-
-@torch.no_grad()
-def check_model(model, prompts, T, pad_id, flag):
-    """Compare sampler and scorer with the model's own forward on single rows; the run ends here if they differ.
-
-    Some families scale their logits after the output layer (Gemma 2, Cohere, Granite), some do not obey a boolean mask
-    or a cache of full length (GPT-J, GPT-Neo, sliding windows). Nothing would crash: another policy would learn."""
-    device, family = prompts[0].device, f"{flag}: the model family `{model.config.model_type}` is not supported"
-    ids, mask, lengths = left_pad([prompt.tolist() for prompt in prompts], pad_id, device)  # [B, P], [B, P], [B]
-    uniforms, worst = torch.rand(T, len(prompts), device=device), 0.0
-    try:
-        responses, _ = rollout(model, ids, mask, uniforms, 1.0, -1, pad_id)  # [B, T] no EOS: all T tokens
-        for prompt, response, u, length in zip(prompts, responses, uniforms.T, lengths):
-            row = torch.cat([prompt, response])[None]  # [1, p+T] unpadded
-            stock = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # [T, V]
-            ours = model.get_output_embeddings()(response_states(model, row, length[None], T))[0].float()  # [T, V]
-            p = stock.softmax(-1)  # [T, V]
-            above = p.cumsum(-1).gather(1, response[:, None])[:, 0]  # [T] the CDF at the sampled token, then before it
-            below = above - p.gather(1, response[:, None])[:, 0]  # [T]; u lies between the two, up to rounding
-            errors = (p - ours.softmax(-1)).abs().max(), (below - u).max(), (u - above).max()
-            worst = max(worst, *(math.inf if error.isnan() else error.item() for error in errors))
-    except Exception as error:
-        fail(f"{family} ({(str(error) or type(error).__name__).splitlines()[0]})")
-    if worst > 1e-3:
-        fail(f"{family}: probabilities of sampler and scorer differ from its own forward's by {worst:.2g}")
 
 
 def bar(things, name):

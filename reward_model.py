@@ -421,8 +421,8 @@ def main(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Plumbing: flags, data, checkpoints, loading. Nothing of the algorithm stands below. Functions marked [shared], here and
-# above, stand in the other scripts too, the same to the letter: each file stands alone.
+# Plumbing: flags, data, checkpoints, files. What is learnt, and how, stands above. Functions marked [shared], here and above,
+# stand in the other scripts too, the same to the letter: each file stands alone.
 # ---------------------------------------------------------------------------------------------------------------
 
 

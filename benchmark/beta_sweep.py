@@ -143,7 +143,7 @@ def interval(values):
     center = mean(values)
     if len(values) < 2:
         return f"{100 * center:.0f}"
-    half = T_975[len(values)] * math.sqrt(sum((x - center) ** 2 for x in values) / (len(values) - 1) / len(values))
+    half = common.half_width(values)
     return f"{100 * center:.0f} [{100 * max(0, center - half):.0f}, {100 * min(1, center + half):.0f}]"
 
 

@@ -1,7 +1,9 @@
 """What the benchmarks on the shipped task share: a stage that is run once, and a policy judged on the held-out prompts."""
 
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -121,6 +123,12 @@ def checkpoints(run):
     paths = sorted(Path(run).glob("checkpoint/*.pt"), key=lambda path: int(path.stem.partition("-")[0]))
     for path in paths:
         yield int(path.stem.partition("-")[0]), torch.load(path, map_location="cpu", weights_only=True)["policy"]
+
+
+def half_width(values):
+    """Of the 95% interval of the values' mean, by Student's t; NaN where there is none in the table, as with one value."""
+    n = len(values)
+    return T_975[n] * statistics.stdev(values) / math.sqrt(n) if n in T_975 else math.nan
 
 
 def mean(values):

@@ -22,13 +22,12 @@ Takes   45 PPO runs for three seeds (fourteen details and none), two at a time, 
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common import (BASELINES, COLOURS, RESULTS, ROOT, T_975, answers, baselines, held_out, load, mean, ppo_job, ppo_rlhf, run_all,
+from common import (BASELINES, COLOURS, RESULTS, ROOT, answers, baselines, half_width, held_out, load, mean, ppo_job, ppo_rlhf, run_all,
                     write_jsonl)  # fmt: skip
 from judge import judge
 from tqdm import tqdm
@@ -134,12 +133,6 @@ def judged(policy, models, texts, samples):
     return {**{key: mean(row[key] for row in rows) for key in keys}, "garbled": mean(garbled), "answers": len(rows)}
 
 
-def half_width(differences):
-    """Of the 95% interval of the mean; infinite with one seed."""
-    n = len(differences)
-    return T_975[n] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
-
-
 def compare(rows):
     """Rows of all seeds -> {detail: its figures over the seeds}, the greatest loss first."""
     found = {}
@@ -159,7 +152,7 @@ def print_table(found):
     for name, row in found.items():
         gold, difference, half = row["gold"], mean(row["difference"]), half_width(row["difference"])
         change, seen = f"{difference:+.2f}", "one seed only"
-        if half < math.inf:
+        if not math.isnan(half):
             change += f" [{difference - half:+.2f}, {difference + half:+.2f}]"
             seen = "no: 0 is in the interval"
             if abs(difference) > half:
@@ -173,7 +166,7 @@ def print_table(found):
 
 def draw(found, seeds, path):
     """A row for each detail: the difference of each seed as a mark, their mean as a bar, its interval as a line."""
-    import matplotlib
+    import matplotlib  # not at the top: the tests read DETAILS without it
 
     matplotlib.use("Agg")  # files only, no window
     import matplotlib.pyplot as plt
@@ -190,7 +183,7 @@ def draw(found, seeds, path):
     for place, name in enumerate(names):
         differences, half = found[name]["difference"], half_width(found[name]["difference"])
         axis.barh(place, mean(differences), height=0.6, color=COLOURS[4], alpha=0.6)
-        if half < math.inf:
+        if not math.isnan(half):
             axis.plot([mean(differences) - half, mean(differences) + half], [place, place], color=COLOURS[0], linewidth=1.2)
         marks = [axis.plot(x, place, marker, color=COLOURS[3], markersize=5, markeredgecolor="white", label=f"seed {seed}")[0]
                  for x, marker, seed in zip(differences, MARKERS, seeds)]  # fmt: skip

@@ -13,7 +13,6 @@ Rows go to benchmark/results/remedies.jsonl, where those of other seeds and reme
 
 import argparse
 import math
-import statistics
 from pathlib import Path
 
 import common
@@ -66,8 +65,7 @@ def effect(rows, name, key):
     """Differences of `key` to `none` with the same seed -> (mean, half of the 95% interval, each)."""
     none = {(row["beta"], row["seed"]): row[key] for row in rows if row["remedy"] == "none"}
     each = [row[key] - none[row["beta"], row["seed"]] for row in rows if row["remedy"] == name]
-    half = common.T_975[len(each)] * statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else math.nan
-    return common.mean(each), half, each
+    return common.mean(each), common.half_width(each), each
 
 
 def draw(rows, path):

@@ -11,7 +11,6 @@ The judge compares the answers of runs/ppo/eval.jsonl: PPO's to the held-out pro
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ RUNS = {  # label: flags of ppo_rlhf.py
     "beta 0.1, long": ["--beta", "0.1", "--total_episodes", "10240"],
     "beta 0, long": ["--beta", "0", "--total_episodes", "10240"],
 }
-COLUMNS = {"rm_score": 2, "kl": 1, "gold_sft": 2, "gold_ppo": 2, "closed": 2, "win_rate": 3}  # name: digits
+COLUMNS = {"rm_accuracy": 3, "rm_score": 2, "kl": 1, "gold_sft": 2, "gold_ppo": 2, "closed": 2, "win_rate": 3}  # name: digits
 
 
 def judge(*arguments):
@@ -67,13 +66,10 @@ def main():
     print(f"of the held-out labels the gold scores get {judge('--preferences', 'data/preferences/test.jsonl')['gold_agreement']:.1%}")
     print("mean over seeds (range) [95% interval of the mean, Student's t]")
     for label in args.runs:
-        for key, digits in {"rm_accuracy": 3, **COLUMNS}.items():
+        for key, digits in COLUMNS.items():
             values = [rows[label, seed][key] for seed in args.seeds]
-            text = f"{common.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-            if len(values) in common.T_975:
-                half = common.T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-                text += f" [+-{half:.{digits}f}]"
-            print(f"{label:16}{key:14}{text}")
+            print(f"{label:16}{key:14}{common.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f}) "
+                  f"[+-{common.half_width(values):.{digits}f}]")  # fmt: skip
 
 
 if __name__ == "__main__":

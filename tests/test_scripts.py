@@ -421,9 +421,9 @@ def test_normalization_samples_the_training_prompts(folder, monkeypatch):
     assert math.isfinite(config.reward_mean) and config.reward_std > 0
 
 
-def test_the_benchmark_of_details_finds_each_of_them():
+def test_the_benchmark_of_details_finds_each_of_them(monkeypatch):
     """benchmark/details.py takes details out by replacing texts of ppo_rlhf.py: each must stand there exactly once."""
-    sys.path.append(str(REPOSITORY / "benchmark"))
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmark")
     import details
 
     texts = [text for _, edits, _ in details.DETAILS.values() for text in edits] + [text for _, text, _ in details.CHECKS.values()]
