@@ -12,7 +12,7 @@
 
 Contenders:
     ours                   ppo_rlhf.py as it is: policy and values share one trunk
-    ours_separate_critic   ppo_rlhf.py with a second network for the values: the same amount of work as TRL's
+    ours_separate_critic   ppo_rlhf.py --separate_critic, a second network for the values: the same amount of work as TRL's
     trl                    TRL 1.12.0's PPOTrainer (trl_ppo.py); on CUDA fp32 weights with bf16 autocast, as ours
     trl_bf16               the same with all weights and Adam in bf16: lighter, but small steps are rounded away
     tutorial               the loop of blog posts (tutorial_ppo.py): one prompt at a time, no KV cache
@@ -62,7 +62,7 @@ SHAPES = {
 # piece, with logits of every position, and more of them would not fit.
 WORKLOADS = {
     "smoke": dict(shape="smoke", prompt_length=12, response_length=8, episodes=8, minibatches=2, micro_batch=4),
-    "cpu-tiny": dict(shape=None, response_length=64, episodes=64, minibatches=4, micro_batch=8),
+    "cpu-tiny": dict(shape=None, response_length=64, episodes=64, minibatches=4, micro_batch=16),
     "cpu-gpt2": dict(shape="gpt2-124m", prompt_length=32, response_length=48, episodes=8, minibatches=1, micro_batch=8),
 }
 for _shape in ("gpt2-124m", "qwen2.5-0.5b", "pythia-1b"):
@@ -146,10 +146,15 @@ def show(header, rows):
 
 
 def save(name, rows):
+    rows = [{"machine": machine(), **row} for row in rows]
     path = HERE / "results" / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"\nraw rows: {path.relative_to(REPO)}\n")
+
+
+def heading(text, rows):
+    print(f"\n{text}; {machine()}; {rows[0]['versions'] if rows else 'nothing measured'}")
 
 
 def machine():
@@ -165,7 +170,7 @@ def compare(name, spec, options):
             job = {**spec, "contender": contender}
             python = options.trl_python if contender.startswith("trl") else sys.executable
             for row in start(CONTENDERS[contender], job, python) or []:
-                collected.append({"workload": name, "contender": contender, "round": round_, "machine": machine(), **row})
+                collected.append({"workload": name, "contender": contender, "round": round_, **row})
     summary = {}
     for contender in contenders:
         rows = [row for row in collected if row["contender"] == contender and row["update"] > 1]  # the first is a warm-up
@@ -180,24 +185,33 @@ def compare(name, spec, options):
         print(f"  {contender}: {s['versions']}, {s['n']} updates measured")
     memory = "peak_cuda_mib" if options.device == "cuda" else "peak_rss_mib"
     ours, table = summary.get("ours"), []
+
+    def ratios(slow, fast):
+        """How much longer `slow` takes, round by round: its neighbours on the machine change less within a round."""
+        found = []
+        for round_ in range(options.rounds):
+            rows = {c: [r for r in collected if (r["contender"], r["round"]) == (c, round_) and r["update"] > 1] for c in (slow, fast)}
+            if all(rows.values()):
+                found.append(median(rows[slow], "seconds") / median(rows[fast], "seconds"))
+        text = f"{statistics.median(found):.2f}" if found else "-"
+        return text + f" ({min(found):.2f}-{max(found):.2f})" * (len(found) > 1)
+
     for contender, s in summary.items():
-        speedup = s["seconds"] / ours["seconds"] if ours else None
         share = ours[memory] / s[memory] if ours and ours[memory] and s[memory] else None
         table.append([contender, spec["episodes"] / s["seconds"], s["seconds"], s["range"], s["rollout"], s["score"], s["optimize"],
-                      s["response_length"], s["peak_rss_mib"], s["peak_cuda_mib"], speedup, share])  # fmt: skip
+                      s["response_length"], s["peak_rss_mib"], s["peak_cuda_mib"], ratios(contender, "ours"), share])  # fmt: skip
     show(["contender", "episodes/s", "s/update", "range", "rollout s", "score s", "update s", "tokens/answer", "peak RSS MiB",
           "CUDA peak MiB", "ours is faster by", "ours' memory / its"], table)  # fmt: skip
-    separate = summary.get("ours_separate_critic")
     for contender in ("trl", "trl_bf16"):
-        if separate and contender in summary:
-            print(f"equal work (ours_separate_critic against {contender}): {summary[contender]['seconds'] / separate['seconds']:.2f}x")
+        if "ours_separate_critic" in summary and contender in summary:
+            print(f"equal work (ours_separate_critic against {contender}): {ratios(contender, 'ours_separate_critic')}")
     save(f"speed_{name}", collected)
 
 
 def decode(name, spec, options):
     batches = options.batches or ([64, 512] if options.device == "cuda" else [8, 64])
     rows = start("speed.py", {**spec, "job": "decode", "batches": batches}) or []
-    print(f"\n{name}: one decode step against the floor, (weights + real keys and values) / bandwidth; {machine()}")
+    heading(f"{name}: one decode step against the floor, (weights + real keys and values) / bandwidth", rows)
     show(["batch", "step ms", "floor ms", "step / floor", "GB/step", "bandwidth GB/s"],
          [[str(r["batch"]), r["step_ms"], r["floor_ms"], r["step_ms"] / r["floor_ms"], r["gb"], r["bandwidth"]] for r in rows])  # fmt: skip
     save(f"decode_{name}", rows)
@@ -205,7 +219,7 @@ def decode(name, spec, options):
 
 def mfu(name, spec, options):
     rows = start("speed.py", {**spec, "job": "mfu"}) or []
-    print(f"\n{name}: useful FLOPs of the update phase against a matmul of the same run; {machine()}")
+    heading(f"{name}: useful FLOPs of the update phase against a matmul of the same run", rows)
     show(["update s", "TFLOP", "TFLOP/s", "matmul TFLOP/s", "MFU"],
          [[r["seconds"], r["tflop"], r["tflop"] / r["seconds"], r["peak"], f"{r['tflop'] / r['seconds'] / r['peak']:.0%}"] for r in rows])  # fmt: skip
     save(f"mfu_{name}", rows)
@@ -214,7 +228,7 @@ def mfu(name, spec, options):
 def memory(name, spec, options):
     rows = start("speed.py", {**spec, "job": "memory"}) or []
     kind = "allocated on CUDA" if options.device == "cuda" else "resident"
-    print(f"\n{name}: peak memory {kind}, phase by phase, MiB; {machine()}")
+    heading(f"{name}: peak memory {kind}, phase by phase, MiB", rows)
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     show(["phase", "peak MiB"], [[phase, max(row["mib"] for row in rows if row["phase"] == phase)] for phase in phases])
     save(f"memory_{name}", rows)
@@ -233,12 +247,13 @@ def growth(folder, options):
         spec = prepare(f"{axis}-{x}", {**base, **change}, folder / f"{axis}-{x}".replace(" ", "-"), options)
         measured = [row for row in start("speed.py", {**spec, "contender": "ours"}) or [] if row["update"] > 1]
         if measured:
-            rows.append({"axis": axis, "x": x, **{key: median(measured, key) for key in ("seconds", "rollout", "score", "optimize")}})
+            rows.append({"axis": axis, "x": x, "versions": measured[0]["versions"],
+                         **{key: median(measured, key) for key in ("seconds", "rollout", "score", "optimize")}})  # fmt: skip
         shutil.rmtree(spec["prompts"])
     spec = prepare("long", {**base, "episodes": 16, "minibatches": 1}, folder / "long", options)
     long = start("speed.py", {**spec, "contender": "ours", "updates": options.long_updates, "watch": True}) or []
 
-    print(f"\nseconds of an update ({small}, other things as they are: {base['episodes']} episodes, 32 + 32 tokens); {machine()}")
+    heading(f"seconds of an update ({small}, other things as they are: {base['episodes']} episodes, 32 + 32 tokens)", rows)
     show(["against", "", "s/update", "rollout s", "score s", "update s"],
          [[r["axis"], str(r["x"]), r["seconds"], r["rollout"], r["score"], r["optimize"]] for r in rows])  # fmt: skip
     for axis in ("episodes", "response tokens", "layers"):
@@ -320,6 +335,14 @@ def make_models(spec):
         tokenizer.save_pretrained(path)
 
 
+def versions():
+    import torch
+    import transformers
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, {where}"
+
+
 def ppo_args(ppo, spec):
     return ppo.Args(
         sft_model_path=spec["policy"], reward_model_path=(spec["reward"],), dataset_name=spec["prompts"],
@@ -328,6 +351,7 @@ def ppo_args(ppo, spec):
         temperature=spec["temperature"], beta=spec["beta"], missing_eos_penalty=spec["missing_eos_penalty"],
         learning_rate=spec["learning_rate"], num_ppo_epochs=spec["epochs"], num_mini_batches=spec["minibatches"],
         per_device_train_batch_size=spec["micro_batch"], eval_steps=10**9, save_steps=10**9, overwrite=True,
+        separate_critic=spec.get("contender") == "ours_separate_critic",
     )  # fmt: skip
 
 
@@ -337,36 +361,6 @@ def status(key, reset=False):
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return value
-
-
-def add_critic(ppo):
-    """A second network for the values: the policy's trunk copied, with a forward and an optimizer state of its own."""
-    import torch
-
-    def probe(critic):  # a row of its last matrix
-        return [parameter for parameter in critic.parameters() if parameter.dim() == 2][-1][0].detach().cpu()
-
-    critics, load, shared, adamw = [], ppo.load_model, ppo.forward, torch.optim.AdamW
-
-    def load_model(*args):
-        model, tokenizer = load(*args)
-        if not critics:  # the policy is loaded first
-            critics.append(ppo.copy.deepcopy(model.base_model))
-            critics.append(probe(critics[0]).clone())
-        return model, tokenizer
-
-    def optimizer(groups, **kwargs):  # the critic is a group of its own: trained like the policy, left out of the clipping
-        device = groups[0]["params"][0].device
-        return adamw([*groups, {"params": [*critics[0].to(device).parameters()], "peak": groups[0]["peak"]}], **kwargs)
-
-    def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast, entropy_grad=False):
-        new_logprobs, entropy, _ = shared(policy, value_head, ids, prompt_lengths, labels, mask, temperature, autocast, entropy_grad)
-        with autocast:
-            hidden = ppo.response_states(critics[0], ids, prompt_lengths, labels.shape[1])  # [b, T, d]
-        return [new_logprobs, entropy, value_head(hidden.float()).squeeze(-1).masked_fill(mask == 0, 0.0)]
-
-    ppo.load_model, ppo.forward, torch.optim.AdamW = load_model, forward, optimizer
-    return lambda: not torch.equal(probe(critics[0]), critics[1])  # was it trained?
 
 
 def ours(spec):
@@ -392,17 +386,13 @@ def ours(spec):
             starts.append(ppo.now(torch.device(spec["device"])))
 
     ppo.tqdm = Timed
-    critic_trained = add_critic(ppo) if spec["contender"] == "ours_separate_critic" else lambda: True
     ppo.main(ppo_args(ppo, spec))
-    assert critic_trained(), "ppo_rlhf.py has changed: the separate critic takes no part in it"
     rows = []
     for i, line in enumerate(Path(spec["scratch"], "ppo/metrics.jsonl").read_text().splitlines()):
         row = json.loads(line)
         rows.append({"update": i + 1, "seconds": starts[i + 1] - starts[i], "rollout": row["time/rollout"], "score": row["time/score"],
                      "optimize": row["time/update"], "response_length": row["response_length"], "peak_rss_mib": status("VmHWM"),
-                     "peak_cuda_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None, "memory_cap_gib": spec["memory_cap"],
-                     "versions": f"torch {torch.__version__}, transformers {ppo.transformers.__version__}, {torch.get_num_threads()} threads, "
-                                 + (torch.cuda.get_device_name() if cuda else "CPU")})  # fmt: skip
+                     "peak_cuda_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None, "memory_cap_gib": spec["memory_cap"]})  # fmt: skip
         if watched:
             rows[-1].update(rss_mib=watched[i][0], cuda_mib=watched[i][1])
     return rows
@@ -533,7 +523,7 @@ def mfu_job(spec):
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     peak = 2 * n**3 / seconds_of(torch, lambda: a @ b)
-    return [{"seconds": median(rows[1:], "optimize"), "tflop": flops / 1e12, "peak": peak / 1e12, "versions": rows[0]["versions"]}]
+    return [{"seconds": median(rows[1:], "optimize"), "tflop": flops / 1e12, "peak": peak / 1e12}]
 
 
 JOBS = {"make_models": make_models, "contender": ours, "memory": memory_job, "profile": profile_job, "decode": decode_job, "mfu": mfu_job}
@@ -542,8 +532,8 @@ JOBS = {"make_models": make_models, "contender": ours, "memory": memory_job, "pr
 def main():
     if len(sys.argv) == 2 and sys.argv[1].endswith("spec.json"):  # a child
         spec = json.loads(Path(sys.argv[1]).read_text())
-        rows = JOBS[spec["job"]](spec)
-        return Path(spec["out"]).write_text("".join(json.dumps(row) + "\n" for row in rows or []))
+        rows = [{"versions": versions(), **row} for row in JOBS[spec["job"]](spec) or []]
+        return Path(spec["out"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", help=f"one or more of {', '.join(WORKLOADS)}; default: all that fit --device")

@@ -60,8 +60,8 @@ MUTANTS = {
     "value head not trained": ('"peak": args.value_learning_rate}', '"peak": 0.0}'),
     "value head's learning rate ignored": ('"peak": args.value_learning_rate}', '"peak": args.learning_rate}'),
     "value head left out of the clipping": (
-        "parameters = [*policy.parameters(), *value_head.parameters()]",
-        "parameters = [*policy.parameters()]",
+        "parameters = [p for model in (*trained, value_head) for p in model.parameters()]",
+        "parameters = [p for model in trained for p in model.parameters()]",
     ),
     "value head starts at random": ("torch.nn.init.zeros_(value_head.weight), ", ""),
     # ---- log-probs, masks, slots ----
@@ -114,6 +114,14 @@ MUTANTS = {
     ),
     "stops when any row is done": ("if t % 8 == 0 and done.all()", "if done.any()"),
     "impossible tokens at u = 0": ("searchsorted(cdf, u, right=True)", "searchsorted(cdf, u)"),
+    # ---- the CUDA graph's step ----
+    "step counted by the host": ("uniforms.index_select(0, step).T", "uniforms[int(step)][:, None]"),
+    "position replaced, not changed": ("        position.add_(1)\n", "        position.data = position + 1\n"),
+    "done replaced, not changed": (
+        "        done.logical_or_(token[:, 0] == eos_id)\n",
+        "        done.data = done | (token[:, 0] == eos_id)\n",
+    ),
+    "capture taken for a step": ("run_step, first = graph.replay, 3", "run_step, first = graph.replay, 4"),
     # ---- bookkeeping ----
     "KL metric averaged over slots": ("episode_kl = kl.sum(1)", "episode_kl = kl.mean(1)"),
     "entropy metric includes padding": ("-(old_logprobs * mask).sum(1).mean()", "-(old_logprobs * mask + (mask - 1)).sum(1).mean()"),

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -421,11 +422,34 @@ def test_normalization_samples_the_training_prompts(folder, monkeypatch):
     assert math.isfinite(config.reward_mean) and config.reward_std > 0
 
 
-def test_the_benchmark_of_details_finds_each_of_them(monkeypatch):
-    """benchmark/details.py takes details out by replacing texts of ppo_rlhf.py: each must stand there exactly once."""
+def test_what_replaces_texts_finds_each_of_them(monkeypatch):
+    """benchmark/details.py and tests/mutations.py replace texts of ppo_rlhf.py: each must stand there exactly once."""
     monkeypatch.syspath_prepend(REPOSITORY / "benchmark")
     import details
+    import mutations
 
     texts = [text for _, edits, _ in details.DETAILS.values() for text in edits] + [text for _, text, _ in details.CHECKS.values()]
+    texts += [text for text, _ in mutations.MUTANTS.values()]
     source = (REPOSITORY / "ppo_rlhf.py").read_text(encoding="utf-8")  # not a mutant's
     assert {text: source.count(text) for text in texts} == dict.fromkeys(texts, 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the benchmark reads peak memory where Linux keeps it")
+def test_the_benchmark_of_speed_runs(tmp_path, monkeypatch, capsys):
+    """It reads ppo_rlhf.py's flags, clock and progress bar, none of which is an interface: a change may leave it behind."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmark")
+    monkeypatch.setitem(sys.modules, "ppo_rlhf", ppo_rlhf)  # each job loads a fresh one, and changes it
+    import speed
+
+    options = types.SimpleNamespace(device="cpu", updates=1, memory_cap=None, micro_batch=None)
+    monkeypatch.setattr(speed, "start", lambda script, spec: speed.make_models(spec) or [])
+    spec = speed.prepare("smoke", speed.WORKLOADS["smoke"], tmp_path / "inputs", options)
+    spec.update(scratch=str(tmp_path), batches=[2])
+    for contender in ("ours", "ours_separate_critic"):
+        _, second = speed.ours({**spec, "contender": contender})
+        assert 0 < second["rollout"] + second["score"] + second["optimize"] <= second["seconds"]
+        critic = torch.load(next(tmp_path.glob("ppo/checkpoint/*.pt")))["critic"]
+        assert (critic is not None) == (contender == "ours_separate_critic")
+    assert [row["phase"] for row in speed.memory_job(spec)] == ["load", "rollout", "score", "update"] + ["between", "rollout", "score", "update"]
+    assert speed.decode_job(spec)[0]["step_ms"] > speed.decode_job(spec)[0]["floor_ms"] > 0
+    assert 0 < speed.mfu_job(spec)[0]["tflop"] < 1e-3
