@@ -23,9 +23,10 @@ and with it the length of its answers, stays what it is. What is not: each conte
 (TRL cannot split a minibatch); the algorithms' details (TRL's policy and critic share nothing).
 
 How it is timed: each contender runs in a fresh process, in turn, `--rounds` times. An update is timed from one rollout's
-start to the next one's, logging included; the first is a warm-up; the table holds medians. Loading is not timed. Peak
-memory is the whole process's: VmHWM, the highest resident set, and torch's peak on CUDA. Raw rows go to
-benchmark/results/. The parent only waits: it imports no torch.
+start to the next one's, logging included; the first is a warm-up; the table holds medians, and ratios of medians round by
+round. Loading is not timed, nor is our last update, after which the model is saved. Peak memory is the whole process's:
+VmHWM, the highest resident set, and torch's peak on CUDA. Raw rows go to benchmark/results/. The parent only waits: it
+imports no torch.
 """
 
 import argparse
@@ -347,7 +348,7 @@ def ppo_args(ppo, spec):
     return ppo.Args(
         sft_model_path=spec["policy"], reward_model_path=(spec["reward"],), dataset_name=spec["prompts"],
         output_dir=f"{spec['scratch']}/ppo", prompt_template=spec["template"], max_prompt_length=4096,
-        total_episodes=spec["episodes"] * (1 + spec["updates"]), batch_size=spec["episodes"], max_new_tokens=spec["response_length"],
+        total_episodes=spec["episodes"] * (2 + spec["updates"]), batch_size=spec["episodes"], max_new_tokens=spec["response_length"],
         temperature=spec["temperature"], beta=spec["beta"], missing_eos_penalty=spec["missing_eos_penalty"],
         learning_rate=spec["learning_rate"], num_ppo_epochs=spec["epochs"], num_mini_batches=spec["minibatches"],
         per_device_train_batch_size=spec["micro_batch"], eval_steps=10**9, save_steps=10**9, overwrite=True,
@@ -364,7 +365,7 @@ def status(key, reset=False):
 
 
 def ours(spec):
-    """Rows of ppo_rlhf.main: one an update."""
+    """Rows of ppo_rlhf.main: one an update, without the last, which looks at answers and saves a checkpoint too."""
     ppo = load_ppo(spec)
     torch, starts, watched = ppo.torch, [], []
     cuda = spec["device"] == "cuda"
@@ -388,7 +389,7 @@ def ours(spec):
     ppo.tqdm = Timed
     ppo.main(ppo_args(ppo, spec))
     rows = []
-    for i, line in enumerate(Path(spec["scratch"], "ppo/metrics.jsonl").read_text().splitlines()):
+    for i, line in enumerate(Path(spec["scratch"], "ppo/metrics.jsonl").read_text().splitlines()[:-1]):
         row = json.loads(line)
         rows.append({"update": i + 1, "seconds": starts[i + 1] - starts[i], "rollout": row["time/rollout"], "score": row["time/score"],
                      "optimize": row["time/update"], "response_length": row["response_length"], "peak_rss_mib": status("VmHWM"),

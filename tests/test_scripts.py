@@ -450,6 +450,7 @@ def test_the_benchmark_of_speed_runs(tmp_path, monkeypatch, capsys):
         assert 0 < second["rollout"] + second["score"] + second["optimize"] <= second["seconds"]
         critic = torch.load(next(tmp_path.glob("ppo/checkpoint/*.pt")))["critic"]
         assert (critic is not None) == (contender == "ours_separate_critic")
-    assert [row["phase"] for row in speed.memory_job(spec)] == ["load", "rollout", "score", "update"] + ["between", "rollout", "score", "update"]
+    phases = ["rollout", "score", "update"]
+    assert [row["phase"] for row in speed.memory_job(spec)] == ["load", *phases, "between", *phases, "between", *phases]
     assert speed.decode_job(spec)[0]["step_ms"] > speed.decode_job(spec)[0]["floor_ms"] > 0
     assert 0 < speed.mfu_job(spec)[0]["tflop"] < 1e-3
