@@ -821,9 +821,11 @@ def main(args):
         uniforms = torch.rand(T, len(chunk), device=device)  # [T, b] the same luck for both
         for name, model in (("sft", reference), ("ppo", sampler)):
             responses, response_lengths = rollout(model, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [b, T]
-            sequences, lengths = roll_left(prompts, responses, prompt_lengths), prompt_lengths + response_lengths
-            each = torch.stack([reward_fn(model, tokenizer, sequences, prompt_lengths, lengths) for model in reward_models])
-            answer_scores = ensemble_scores(each, args.ensemble, args.ensemble_coef).tolist()
+            answers = roll_left(prompts, responses, prompt_lengths), prompt_lengths, prompt_lengths + response_lengths
+            answer_scores = []
+            for rows in zip(*(x.split(args.per_device_train_batch_size) for x in answers)):
+                each = torch.stack([reward_fn(model, tokenizer, *rows) for model in reward_models])  # [M, b]
+                answer_scores += ensemble_scores(each, args.ensemble, args.ensemble_coef).tolist()
             for i in range(len(chunk)):
                 text = tokenizer.decode(responses[i, : response_lengths[i]], skip_special_tokens=True).strip()
                 results[start + i].update({name: text, f"{name}_score": answer_scores[i]})
