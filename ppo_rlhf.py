@@ -122,7 +122,8 @@ class Args:
     gamma: float = 1.0
     """discount per token; 1: an answer is judged as a whole, its early tokens matter as much as its last"""
     lam: float = 0.95
-    """GAE's lambda: 1 is the noisy, unbiased return, 0 trusts the value head alone (Schulman et al. 2015)"""
+    """GAE's lambda: 1 is the noisy, unbiased return, 0 trusts the value head alone (Schulman et al. 2015). (1 ended 0.3 higher
+    in gold score on the shipped task, and 1.6 nats further away)"""
 
     # ---- update ----
     learning_rate: float = 1e-4
