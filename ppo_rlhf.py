@@ -824,8 +824,8 @@ def main(args):
             responses, response_lengths = rollout(model, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [b, T]
             answers = roll_left(prompts, responses, prompt_lengths), prompt_lengths, prompt_lengths + response_lengths
             answer_scores = []
-            for rows in zip(*(x.split(args.per_device_train_batch_size) for x in answers)):  # [b, P+T], [b], [b]
-                each = torch.stack([reward_fn(model, tokenizer, *rows) for model in reward_models])  # [M, b]
+            for piece in zip(*(x.split(args.per_device_train_batch_size) for x in answers)):  # [b, P+T], [b], [b]
+                each = torch.stack([reward_fn(model, tokenizer, *piece) for model in reward_models])  # [M, b]
                 answer_scores += ensemble_scores(each, args.ensemble, args.ensemble_coef).tolist()
             for i in range(len(chunk)):
                 text = tokenizer.decode(responses[i, : response_lengths[i]], skip_special_tokens=True).strip()

@@ -172,9 +172,10 @@ def compare(name, spec, options):
             python = options.trl_python if contender.startswith("trl") else sys.executable
             for row in start(CONTENDERS[contender], job, python) or []:
                 collected.append({"workload": name, "contender": contender, "round": round_, **row})
+    measured = [row for row in collected if row["update"] > 1]  # the first is a warm-up
     summary = {}
     for contender in contenders:
-        rows = [row for row in collected if row["contender"] == contender and row["update"] > 1]  # the first is a warm-up
+        rows = [row for row in measured if row["contender"] == contender]
         if rows:
             s = summary[contender] = {key: median(rows, key) for key in ("seconds", "rollout", "score", "optimize", "response_length")}
             for key in ("peak_rss_mib", "peak_cuda_mib"):
@@ -189,11 +190,9 @@ def compare(name, spec, options):
 
     def ratios(slow, fast):
         """How much longer `slow` takes, round by round: its neighbours on the machine change less within a round."""
-        found = []
-        for round_ in range(options.rounds):
-            rows = {c: [r for r in collected if (r["contender"], r["round"]) == (c, round_) and r["update"] > 1] for c in (slow, fast)}
-            if all(rows.values()):
-                found.append(median(rows[slow], "seconds") / median(rows[fast], "seconds"))
+        pairs = [[median([row for row in measured if (row["contender"], row["round"]) == (c, i)], "seconds") for c in (slow, fast)]
+                 for i in range(options.rounds)]  # fmt: skip
+        found = [pair[0] / pair[1] for pair in pairs if all(pair)]
         text = f"{statistics.median(found):.2f}" if found else "-"
         return text + f" ({min(found):.2f}-{max(found):.2f})" * (len(found) > 1)
 

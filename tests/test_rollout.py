@@ -217,7 +217,7 @@ class RecordedGraph(TorchDispatchMode):
     Python number as it was at the capture. What would make CUDA's capture fail, fails here: a kernel whose result the
     host waits for, and a tensor made from host memory."""
 
-    HOST = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "lift_fresh", "lift_fresh_copy"}
+    HOST = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "lift_fresh", "lift_fresh_copy"}
 
     def __init__(self):
         super().__init__()

@@ -435,7 +435,7 @@ def test_what_replaces_texts_finds_each_of_them(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the benchmark reads peak memory where Linux keeps it")
-def test_the_benchmark_of_speed_runs(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_of_speed_runs(tmp_path, monkeypatch):
     """It reads ppo_rlhf.py's flags, clock and progress bar, none of which is an interface: a change may leave it behind."""
     monkeypatch.syspath_prepend(REPOSITORY / "benchmark")
     monkeypatch.setitem(sys.modules, "ppo_rlhf", ppo_rlhf)  # each job loads a fresh one, and changes it
@@ -452,5 +452,8 @@ def test_the_benchmark_of_speed_runs(tmp_path, monkeypatch, capsys):
         assert (critic is not None) == (contender == "ours_separate_critic")
     phases = ["rollout", "score", "update"]
     assert [row["phase"] for row in speed.memory_job(spec)] == ["load", *phases, "between", *phases, "between", *phases]
-    assert speed.decode_job(spec)[0]["step_ms"] > speed.decode_job(spec)[0]["floor_ms"] > 0
+    (row,) = speed.decode_job(spec)
+    weights = 512 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64  # head, two layers, last norm; of the positions one row a token is read
+    cache = 2 * 2 * 64 * 2 * (12 + (4 + 8) / 2)  # keys and values, two layers, width 64, two rows, prompt and half of the answer
+    assert row["gb"] == pytest.approx(4e-9 * (weights + cache)) and row["step_ms"] > row["floor_ms"] > 0
     assert 0 < speed.mfu_job(spec)[0]["tflop"] < 1e-3
