@@ -716,7 +716,7 @@ def main(args):
             optimizer.step()
             optimizer.zero_grad()
         if sampler is not policy:
-            torch._foreach_copy_(list(sampler.parameters()), list(policy.parameters()))
+            sampler.load_state_dict(policy.state_dict())
         first_log_ratio = stats[0, 4].item()  # before any step, so the two policies are one
         assert first_log_ratio < tolerance, f"ratio is not 1 on the first minibatch: mean |log ratio| {first_log_ratio}"
         clock.append(now(device))

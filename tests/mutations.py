@@ -18,7 +18,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 SCRIPTS = TESTS.parent
-FAST = ["test_math.py", "test_ppo_step.py", "test_forward.py", "test_rollout.py", "test_remedies.py"]  # the quickest to find something first
+FAST = ["test_math.py", "test_ppo_step.py", "test_forward.py", "test_rollout.py", "test_remedies.py",
+        "test_cuda.py"]  # the quickest to find something first
 
 # name: (text in ppo_rlhf.py, what stands there instead)
 MUTANTS = {
@@ -128,6 +129,22 @@ MUTANTS = {
     "explained variance over padding": ("masked_var(returns - values, mask) / masked_var(returns, mask)", "(returns - values).var() / returns.var()"),
     "one minibatch whatever --num_mini_batches says": ("torch.randperm(B).split(B // args.num_mini_batches)", "torch.randperm(B).split(B)"),
     "every epoch shuffled alike": ("for _ in range(args.num_ppo_epochs)]\n        minibatches", "for _ in range(1)] * args.num_ppo_epochs\n        minibatches"),
+    # ---- what only CUDA runs ----
+    "sampler never refreshed": ("sampler.load_state_dict(policy.state_dict())", "pass"),
+    "sampler refreshed with the policy's graph": (
+        "sampler.load_state_dict(policy.state_dict())",
+        "torch._foreach_copy_(list(sampler.parameters()), list(policy.parameters()))",
+    ),
+    "sampler forgotten on resume": ('        sampler.load_state_dict(state["policy"])\n', ""),
+    "uniforms made on the host": ("uniforms = torch.rand(T, B, device=device)", "uniforms = torch.rand(T, B)"),
+    "statistics left on the host": ("stats = torch.zeros(len(minibatches), 10, device=device)", "stats = torch.zeros(len(minibatches), 10)"),
+    "slots made on the host": ("slots = torch.arange(P + T, device=device)", "slots = torch.arange(P + T)"),
+    "old log-probs by the sampler": (
+        "policy, value_head, ids, starts, labels, m, args.temperature, autocast, critic=critic",
+        "sampler, value_head, ids, starts, labels, m, args.temperature, autocast, critic=critic",
+    ),
+    "a critic in bf16": ("copy.deepcopy(reward_models[0].base_model).to(device)", "copy.deepcopy(reward_models[0].base_model).to(device, frozen_dtype)"),
+    "done asked in every step": ("        sample_next(hidden[:, 0])\n", "        sample_next(hidden[:, 0]), done.all().item()\n"),
     # ---- remedies ----
     "beta adapted the wrong way": ("beta *= 1 + min(max(error", "beta *= 1 - min(max(error"),
     "beta adapted without the clip": ("min(max(error, -0.2), 0.2)", "error"),

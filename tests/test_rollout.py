@@ -1,14 +1,9 @@
 """The sampler: left padding, a static cache and inverse-CDF sampling against plain forwards of single rows."""
 
-import contextlib
-import inspect
-import types
-
 import pytest
 import torch
 import transformers
 from conftest import plain_logits, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo_rlhf as ppo
 
@@ -204,77 +199,3 @@ def test_a_single_token_can_be_sampled():
     """--max_new_tokens 1: a rollout without a decode step."""
     responses, lengths = sample(tiny_model("gpt2", vocab_size=V), PROMPTS, torch.rand(1, len(PROMPTS)))
     assert responses.shape == (len(PROMPTS), 1) and lengths.eq(1).all()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The CUDA graph, without CUDA
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class RecordedGraph(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU. Capture: note every kernel with the tensors it reads and writes; what was
-    written meanwhile is put back, since a capture runs nothing. Replay: the same kernels on the same memory, with every
-    Python number as it was at the capture. What would make CUDA's capture fail, fails here: a kernel whose result the
-    host waits for, and a tensor made from host memory."""
-
-    HOST = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "lift_fresh", "lift_fresh_copy"}
-
-    def __init__(self):
-        super().__init__()
-        self.kernels, self.before, self.replays = [], [], 0
-
-    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
-        name = kernel._schema.name.removeprefix("aten::")
-        assert name not in self.HOST, f"aten::{name} cannot be captured: it waits for the device or reads host memory"
-        for parameter, argument in zip(kernel._schema.arguments, args):
-            if parameter.alias_info is not None and parameter.alias_info.is_write:
-                self.before.append((argument, argument.clone()))
-        out = kernel(*args, **(kwargs or {}))
-        self.kernels.append((kernel, args, kwargs or {}, out))
-        return out
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        for tensor, old in reversed(self.before):
-            tensor.copy_(old)
-
-    def replay(self):
-        self.replays += 1
-        for kernel, args, kwargs, out in self.kernels:
-            new = kernel(*args, **kwargs)
-            for a, b in zip([out], [new]) if isinstance(out, torch.Tensor) else zip(out, new):
-                if isinstance(a, torch.Tensor) and a.data_ptr() != b.data_ptr():  # else a view, or changed in place
-                    a.copy_(b)
-
-
-@pytest.fixture
-def captured():
-    """rollout() as it runs on CUDA, on recorded graphs -> (rollout, list of the graphs that it made)."""
-    graphs, stream = [], types.SimpleNamespace(wait_stream=lambda other: None)
-    torch_with_cuda = types.SimpleNamespace(**vars(torch))
-    torch_with_cuda.cuda = types.SimpleNamespace(
-        Stream=lambda: stream, current_stream=lambda: stream, stream=lambda side: contextlib.nullcontext(),
-        CUDAGraph=lambda: graphs.append(RecordedGraph()) or graphs[-1], graph=lambda graph: graph,
-    )  # fmt: skip
-    source, condition = inspect.getsource(ppo.rollout), 'device.type == "cuda" and T > 3'
-    assert source.count(condition) == 1
-    namespace = {**vars(ppo), "torch": torch_with_cuda}
-    exec(source.replace(condition, "T > 3"), namespace)
-    return namespace["rollout"], graphs
-
-
-@pytest.mark.parametrize("eos_id", [NEVER, EOS, 7])
-def test_a_replayed_step_equals_the_step(captured, family, eos_id):
-    """One decode step, recorded once and replayed for all others, writes exactly what the loop writes, whether the model
-    runs for the first time or a second rollout makes a new graph. Catches what a graph would freeze or lose: a
-    counter in Python (also one in transformers' cache), a tensor that is replaced instead of changed, a state
-    that the capture itself moves on, a question to the host inside the step."""
-    rollout, graphs = captured
-    model, T = tiny_model(family, vocab_size=V), 16
-    ids, mask, _ = ppo.left_pad(PROMPTS, PAD, "cpu")
-    for _ in range(2):
-        uniforms = torch.rand(T, len(PROMPTS))
-        expected = ppo.rollout(model, ids, mask, uniforms, 0.7, eos_id, PAD)
-        for a, b in zip(rollout(model, ids, mask, uniforms, 0.7, eos_id, PAD), expected):
-            assert torch.equal(a, b)
-    assert len(graphs) == 2 and all(graph.replays >= T - 8 for graph in graphs) and len(graphs[0].kernels) > 20

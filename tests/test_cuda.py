@@ -1,0 +1,322 @@
+"""The CUDA path, without CUDA: the three scripts as they run on a GPU, on a CPU that plays one.
+
+What is played: tensors of the "GPU" and of the host, which do not mix; every branch `device.type == "cuda"`; bf16 autocast,
+bf16 models, the sampler's copy of the policy; the decode step's capture and replay. What is not: CUDA's own kernels, their
+rounding, speed and memory.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from conftest import read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ppo_rlhf as ppo
+import reward_model
+import sft
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def tensors_in(x):
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (list, tuple, dict)):
+        for item in x.values() if isinstance(x, dict) else x:
+            yield from tensors_in(item)
+
+
+class Stream:
+    def wait_stream(self, other):
+        """Everything runs in order here."""
+
+
+class FakeCuda(TorchFunctionMode):
+    """A GPU of bookkeeping. All tensors are the CPU's; the storages of some are marked: made with device="cuda", moved there,
+    or computed from such. Those say that they are on CUDA, and an operation that takes one of them and an array of the
+    host's fails, as on CUDA."""
+
+    # These may take both: they copy, take indices from the host, or compute nothing.
+    BOTH = {"copy_", "_foreach_copy_", "__getitem__", "__setitem__", "__set__", "_has_compatible_shallow_copy_type"}
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.graphs, self.capturing = {}, [], False
+
+    def __enter__(self):
+        self.patch, autocast = pytest.MonkeyPatch(), torch.autocast
+        for name, value in dict(
+            is_available=lambda: True, synchronize=lambda *_: None, max_memory_allocated=lambda *_: 1e9, Stream=Stream,
+            current_stream=Stream, stream=lambda side: contextlib.nullcontext(), CUDAGraph=RecordedGraph, graph=self.capture,
+        ).items():  # fmt: skip
+            self.patch.setattr(torch.cuda, name, value)
+        self.patch.setattr(torch, "autocast", lambda device_type, dtype=None, **other: autocast("cpu", dtype, **other))
+        self.patch.setattr(ppo, "matmul_flops", functools.partial(ppo.matmul_flops, n=64))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.patch.undo()
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.graphs.append(graph)
+        self.capturing = True
+        with graph:
+            yield
+        self.capturing = False
+
+    def holds(self, tensor):
+        return tensor.untyped_storage()._cdata in self.storages
+
+    def mark(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = StorageWeakRef(storage)  # while it is kept, no other storage gets this number
+        return tensor
+
+    def move(self, tensor, device, dtypes):
+        moved = tensor.to(*dtypes) if dtypes else tensor
+        if self.holds(tensor) == (device.type == "cuda"):
+            return self.mark(moved) if self.holds(tensor) else moved
+        assert not self.capturing, "a copy between host and GPU cannot be captured"
+        return self.mark(moved.clone()) if device.type == "cuda" else moved.clone()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), function.__name__
+        given = list(tensors_in((args, kwargs)))
+        on_gpu = any(self.holds(tensor) for tensor in given)
+        if on_gpu and function in (torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__):
+            return CUDA if function == torch.Tensor.device.__get__ else True
+        if name in ("to", "cpu", "cuda"):
+            said = [*args[1:], *kwargs.values()]
+            devices = [torch.device(x) for x in said if isinstance(x, (str, torch.device))]
+            devices += [CUDA if self.holds(x) else CPU for x in said if isinstance(x, torch.Tensor)]
+            devices += {"cpu": [CPU], "cuda": [CUDA]}.get(name, [])
+            if devices and devices[0].type != "meta":
+                return self.move(args[0], devices[0], [x for x in said if isinstance(x, torch.dtype)])
+        if kwargs.get("device") is not None:
+            on_gpu = torch.device(kwargs["device"]).type == "cuda"
+            kwargs["device"] = CPU if on_gpu else kwargs["device"]
+        elif on_gpu and name not in self.BOTH and any(tensor.dim() and not self.holds(tensor) for tensor in given):
+            where = [f"{'cuda' if self.holds(tensor) else 'cpu'}{list(tensor.shape)}" for tensor in given]
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, got {', '.join(where)}")
+        out = function(*args, **kwargs)
+        if on_gpu:
+            for tensor in tensors_in([out, args[0]] if name == "__set__" else out):  # parameter.data = what was moved
+                self.mark(tensor)
+        return out
+
+
+class RecordedGraph(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU. Capture: note every kernel with the tensors it reads and writes; what was
+    written meanwhile is put back, since a capture runs nothing. Replay: the same kernels on the same memory, with every
+    Python number as it was at the capture. What would make CUDA's capture fail, fails here: a kernel whose result the
+    host waits for, and a tensor made from host memory."""
+
+    HOST = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "lift_fresh", "lift_fresh_copy"}
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.before, self.replays = [], [], 0
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        name = kernel._schema.name.removeprefix("aten::")
+        hidden = name.startswith("index") and any(x.dtype == torch.bool for x in tensors_in(args[1:2]))  # a nonzero
+        assert name not in self.HOST and not hidden, f"aten::{name} cannot be captured: it waits for the device or reads host memory"
+        for parameter, argument in zip(kernel._schema.arguments, args):
+            if parameter.alias_info is not None and parameter.alias_info.is_write:
+                self.before.append((argument, argument.clone()))
+        out = kernel(*args, **(kwargs or {}))
+        self.kernels.append((kernel, args, kwargs or {}, out))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, old in reversed(self.before):
+            tensor.copy_(old)
+
+    def replay(self):
+        self.replays += 1
+        for kernel, args, kwargs, out in self.kernels:
+            new = kernel(*args, **kwargs)
+            for a, b in zip([out], [new]) if isinstance(out, torch.Tensor) else zip(out, new):
+                if isinstance(a, torch.Tensor) and a.data_ptr() != b.data_ptr():  # else a view, or changed in place
+                    a.copy_(b)
+
+
+@pytest.fixture
+def cuda():
+    return FakeCuda()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The fake itself: it must see what it is there for
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_fake_gpu_refuses_what_cuda_refuses(cuda):
+    """Arrays of host and GPU do not mix, scalars of the host do; what is computed on the GPU stays there."""
+    with cuda:
+        host, gpu = torch.ones(3), torch.ones(3, device="cuda")
+        for mixed in (lambda: host + gpu, lambda: torch.cat([gpu, host]), lambda: gpu.index_select(0, torch.tensor([1])),
+                      lambda: host * gpu.sum(), lambda: torch.nn.functional.linear(host, torch.ones(2, 3, device="cuda"))):  # fmt: skip
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        assert (gpu + torch.tensor(1.0)).device == CUDA and gpu[torch.tensor([0])].is_cuda and gpu.view(3, 1)[1:].is_cuda
+        assert gpu.cpu().device == CPU and torch.zeros(2).device == CPU and torch.zeros_like(gpu).device == CUDA
+        assert gpu.new_zeros(2).device == CUDA and torch.arange(3, device=gpu.device).device == CUDA
+        layer = copy.deepcopy(torch.nn.Linear(3, 2).to("cuda", torch.bfloat16))
+        assert all(p.device == CUDA and p.dtype == torch.bfloat16 for p in layer.parameters())
+        layer.float()(gpu).sum().backward()
+        assert layer.weight.grad.device == CUDA
+        gpu += 1
+        assert gpu.cpu().tolist() == [2, 2, 2] and gpu.to(CPU).data_ptr() != gpu.data_ptr()
+
+
+@pytest.mark.parametrize("step", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x + torch.ones(2).to("cuda"), lambda x: bool(x.any()),
+                                  lambda x: x + torch.tensor([1.0, 2.0], device="cuda")])  # fmt: skip
+def test_the_fake_graph_refuses_what_a_capture_refuses(cuda, step):
+    """A question to the host, also a hidden one, and a copy from its memory."""
+    with cuda:
+        x = torch.ones(2, device="cuda")
+        with pytest.raises(AssertionError, match="captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The decode step as a CUDA graph
+# ---------------------------------------------------------------------------------------------------------------
+
+V, PAD, EOS, NEVER = 24, 0, 1, -1
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [7, 3, 3, 9], [4, 2], [12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23]]
+
+
+@pytest.mark.parametrize("eos_id", [NEVER, EOS, 7])
+def test_a_replayed_step_equals_the_step(cuda, family, eos_id):
+    """One decode step, recorded once and replayed for all others, writes exactly what the loop writes, whether the model
+    runs for the first time or a second rollout makes a new graph. Catches what a graph would freeze or lose: a
+    counter in Python (also one in transformers' cache), a tensor that is replaced instead of changed, a state
+    that the capture itself moves on, a question to the host inside the step."""
+    model, T = tiny_model(family, vocab_size=V), 16
+    batches = [(*ppo.left_pad(PROMPTS, PAD, "cpu")[:2], torch.rand(T, len(PROMPTS))) for _ in range(2)]
+    expected = [ppo.rollout(model, *batch, 0.7, eos_id, PAD) for batch in batches]
+    with cuda:
+        model.to("cuda")
+        for batch, (responses, lengths) in zip(batches, expected):
+            got = ppo.rollout(model, *(x.to("cuda") for x in batch), 0.7, eos_id, PAD)
+            assert got[0].is_cuda and torch.equal(got[0].cpu(), responses) and torch.equal(got[1].cpu(), lengths)
+    assert len(cuda.graphs) == 2 and all(graph.replays >= T - 8 for graph in cuda.graphs) and len(cuda.graphs[0].kernels) > 20
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------
+
+WORDS = ["one", "two two", "three?", "4", "five five five", "6 6", "seven"]
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Flags of short runs of the three stages, on models and data that are written to tmp_path."""
+    tokenizer, small = tiny_tokenizer(), dict(initializer_range=0.05)
+    rows = [{"prompt": word, "completion": word[::-1], "chosen": word, "rejected": word[::-1] + "!"} for word in WORDS]
+    write_jsonl(tmp_path / "data/train.jsonl", rows[:-1])
+    write_jsonl(tmp_path / "data/test.jsonl", rows[-1:])
+    model = save(tiny_model("llama", **small), tokenizer, tmp_path / "model")
+    every = dict(dataset_name=str(tmp_path / "data"), output_dir=str(tmp_path / "out"), prompt_template="{prompt}:", max_new_tokens=10,
+                 per_device_train_batch_size=3, learning_rate=1e-3, save_steps=1)  # fmt: skip
+    training = dict(model_name_or_path=model, num_train_epochs=2, warmup_steps=1, logging_steps=1, eval_steps=1)
+    return {
+        sft: dict(every, **training),
+        reward_model: dict(every, **training, normalization_samples=8),
+        ppo: dict(every, sft_model_path=model, batch_size=8, total_episodes=24, num_mini_batches=2, temperature=1.0,
+                  reward_model_path=(save(tiny_reward_model("llama", **small), tokenizer, tmp_path / "rm"),)),
+    }  # fmt: skip
+
+
+def metrics_of(stage, flags, cuda=None):
+    """main() on the CPU or on the fake GPU -> the lines of its metrics.jsonl."""
+    with cuda or contextlib.nullcontext():
+        stage.main(stage.Args(**{"overwrite": True, **flags}))
+    return read_jsonl(f"{flags['output_dir']}/metrics.jsonl")
+
+
+@pytest.mark.parametrize("extras", [{}, dict(gradient_checkpointing=True, gradient_accumulation_steps=2)])
+@pytest.mark.parametrize("stage", [sft, reward_model])
+def test_stages_1_and_2_on_the_fake_gpu(cuda, flags, stage, extras):
+    """The figures of the CPU's run, up to bf16's rounding. Catches a batch, a label or a mask left on the host."""
+    expected = metrics_of(stage, {**flags[stage], **extras})
+    metrics = metrics_of(stage, {**flags[stage], **extras}, cuda)
+    for a, b in zip(metrics, expected, strict=True):
+        for name in a.keys() & {"loss/train", "loss/test", "eval/loss"}:
+            assert a[name] != b[name], "no bf16 in it: the fake GPU was not used"
+            assert a[name] == pytest.approx(b[name], rel=0.02)
+
+
+EXTRAS = dict(separate_critic=True, ptx_coef=0.5, gradient_checkpointing=True, entropy_coef=0.01, whiten_rewards=True,
+              adaptive_kl_target=1.0, length_penalty=0.01, ensemble="mean-std")  # fmt: skip
+
+
+@pytest.mark.parametrize("extras", [{}, EXTRAS])
+def test_ppo_on_the_fake_gpu(cuda, flags, monkeypatch, extras):
+    """A whole run: no tensor on the wrong device, bf16 where it saves time, fp32 where it must be, the sampler in step with
+    the policy, and the CPU's figures as long as policies are the same. Catches what no CPU run executes."""
+    flags = {**flags[ppo], **extras}
+    if extras:
+        flags.update(ptx_dataset_name=flags["dataset_name"], reward_model_path=flags["reward_model_path"] * 2)
+    expected = metrics_of(ppo, flags)
+    real, models = {name: getattr(ppo, name) for name in ("forward", "rollout", "reward_fn")}, []
+
+    def forward(policy, value_head, *rest, **other):
+        trained = [policy, value_head, *(x for x in (*rest, *other.values()) if isinstance(x, torch.nn.Module))]  # a critic?
+        assert policy is models[0] and {p.dtype for model in trained for p in model.parameters()} == {torch.float32}
+        return real["forward"](policy, value_head, *rest, **other)
+
+    def rollout(model, *rest):
+        models.append(model)
+        if len(models) > 1:  # the first is check_model's, of the policy itself
+            assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, False)}
+        if len(models) > 1 and model is models[1]:  # the sampler, not the reference
+            assert all(torch.equal(p, q.bfloat16()) for p, q in zip(model.parameters(), models[0].parameters()))
+        return real["rollout"](model, *rest)
+
+    def reward_fn(model, *rest):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        return real["reward_fn"](model, *rest)
+
+    for function in (forward, rollout, reward_fn):
+        monkeypatch.setattr(ppo, function.__name__, function)
+    metrics = metrics_of(ppo, flags, cuda)
+    assert len(models) == len(cuda.graphs) == 1 + 3 + 2 + 2  # check_model's, the updates', two looks', the end's
+    assert models[0] is not models[1] and {models.index(model) for model in models} == {0, 1, len(models) - 2}
+    assert metrics[0].keys() - expected[0].keys() == {"mfu"} and not expected[0].keys() - metrics[0].keys()
+    assert all(math.isfinite(value) for m in metrics for value in m.values()) and metrics[0]["mfu"] > 0
+    for name in ("objective/scores", "objective/entropy", "policy/grad_norm", "loss/value_avg"):
+        assert metrics[0][name] == pytest.approx(expected[0][name], rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [sft, reward_model, ppo])
+def test_a_resumed_run_on_the_fake_gpu(cuda, flags, tmp_path, stage):
+    """Stopped after step 2 and resumed, the run ends as one that was never stopped. Catches a state that comes back to the
+    wrong device, and a sampler that is not the loaded policy."""
+    save_checkpoint, flags = stage.save_checkpoint, {**flags[stage], "overwrite": False}
+    whole = metrics_of(stage, {**flags, "output_dir": str(tmp_path / "whole")}, cuda)
+
+    def stop_after_two(args, step, *rest):
+        save_checkpoint(args, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "save_checkpoint", stop_after_two)
+        metrics_of(stage, flags, cuda)
+    resumed = metrics_of(stage, {**flags, "resume": True}, cuda)
+    same = [{name: m[name] for name in m if not name.startswith(("time", "tokens_per", "eps", "mfu"))} for m in (*whole, *resumed)]
+    assert same[: len(whole)] == same[len(whole) :] and len(whole) > 2
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
