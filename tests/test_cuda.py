@@ -9,10 +9,12 @@ import contextlib
 import copy
 import functools
 import math
+import sys
+import types
 
 import pytest
 import torch
-from conftest import read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
+from conftest import REPOSITORY, read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,13 +49,15 @@ class FakeCuda(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.storages, self.graphs, self.capturing = {}, [], False
+        self.storages, self.graphs, self.caps, self.capturing = {}, [], [], False
 
     def __enter__(self):
         self.patch, autocast = pytest.MonkeyPatch(), torch.autocast
         for name, value in dict(
-            is_available=lambda: True, synchronize=lambda *_: None, max_memory_allocated=lambda *_: 1e9, Stream=Stream,
-            current_stream=Stream, stream=lambda side: contextlib.nullcontext(), CUDAGraph=RecordedGraph, graph=self.capture,
+            is_available=lambda: True, synchronize=lambda *_: None, Stream=Stream, current_stream=Stream,
+            stream=lambda side: contextlib.nullcontext(), CUDAGraph=RecordedGraph, graph=self.capture,
+            max_memory_allocated=lambda *_: 1e9, memory_allocated=lambda *_: 1e9, reset_peak_memory_stats=lambda *_: None,
+            get_device_properties=lambda *_: types.SimpleNamespace(total_memory=2**31), set_per_process_memory_fraction=self.caps.append,
         ).items():  # fmt: skip
             self.patch.setattr(torch.cuda, name, value)
         self.patch.setattr(torch, "autocast", lambda device_type, dtype=None, **other: autocast("cpu", dtype, **other))
@@ -320,3 +324,40 @@ def test_a_resumed_run_on_the_fake_gpu(cuda, flags, tmp_path, stage):
     same = [{name: m[name] for name in m if not name.startswith(("time", "tokens_per", "eps", "mfu"))} for m in (*whole, *resumed)]
     assert same[: len(whole)] == same[len(whole) :] and len(whole) > 2
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_the_benchmark_of_speed_on_the_fake_gpu(cuda, tmp_path, monkeypatch):
+    """The jobs of benchmark/speed.py --device cuda, on a small workload. Catches a contender or a mode that only a GPU runs,
+    and that would fail there after the machine was paid for."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmark")
+    monkeypatch.setitem(sys.modules, "ppo_rlhf", ppo)  # each job loads a fresh one
+    import speed
+
+    load_ppo = speed.load_ppo
+
+    def load_with_a_small_matmul(spec):
+        fresh = load_ppo(spec)
+        fresh.matmul_flops = functools.partial(fresh.matmul_flops, n=64)
+        return fresh
+
+    monkeypatch.setattr(speed, "load_ppo", load_with_a_small_matmul)
+    monkeypatch.setattr(speed, "start", lambda script, spec: speed.make_models(spec) or [])
+    options = types.SimpleNamespace(device="cuda", updates=1, memory_cap=1, micro_batch=None)
+    spec = speed.prepare("smoke", speed.WORKLOADS["smoke"], tmp_path / "inputs", options)
+    spec.update(scratch=str(tmp_path), batches=[2])
+    with cuda:
+        for contender in ("ours", "ours_separate_critic"):
+            _, second = speed.ours({**spec, "contender": contender})
+            assert second["peak_cuda_mib"] == 1e9 / 2**20 and 0 < second["rollout"] + second["score"] + second["optimize"]
+        assert {row["mib"] for row in speed.memory_job(spec)} == {1e9 / 2**20} and set(cuda.caps) == {0.5}
+        times = iter([1.0, 2.0, 3.0, 4.0])
+
+        def seconds_of(torch, run, repeats=10):
+            if repeats == 5:  # a rollout, and not a product of 8192 x 8192
+                run()
+            return next(times)
+
+        monkeypatch.setattr(speed, "seconds_of", seconds_of)
+        (row,) = speed.decode_job(spec)
+        assert row["step_ms"] == 1e3 / 4 and row["bandwidth"] == 2**31 / 1e9
+        assert speed.mfu_job(spec)[0]["peak"] == 2 * 8192**3 / 4 / 1e12
