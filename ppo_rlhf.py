@@ -36,6 +36,7 @@ Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-pr
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import inspect
 import json
@@ -504,6 +505,10 @@ def main(args):
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     tolerance = 0.1 if device.type == "cuda" else 1e-4  # nats a token, for what must be 0: bf16 rounds, fp32 hardly
     frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # glibc gives the memory of large tensors back at once, and the kernel hands it out again page by page, zeroed: at
+        # GPT-2's size that is a quarter of an update. So M_MMAP_MAX = 0, nothing apart, M_TRIM_THRESHOLD = -1, nothing back.
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     B, T = args.batch_size, args.max_new_tokens
 
     # ============================================================================================================
