@@ -217,9 +217,9 @@ def logprobs(logits, labels):
     return -F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
 
 
-def entropies(logits):
-    """Exact entropy of each token's distribution, in nats: [..., V] -> [...]."""
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+def entropies(all_logprobs):
+    """Exact entropy of each token's distribution, in nats, from the log-probs of the whole vocabulary: [..., V] -> [...]."""
+    return -(all_logprobs.exp() * all_logprobs).sum(-1)
 
 
 def penalized_rewards(scores, logprobs, ref_logprobs, mask, beta):
@@ -405,10 +405,12 @@ def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, 
         logits = policy.get_output_embeddings()(hidden)  # [b, T, V] of response tokens only
         if critic is not None:
             hidden = response_states(critic, ids, prompt_lengths, labels.shape[1])  # [b, T, d]
-    logits = logits.float() / temperature  # the distribution that was sampled is the one that is scored
-    new_logprobs = logprobs(logits, labels)  # [b, T]
+    # The distribution that was sampled is the one that is scored. Few tensors of this size, the largest of the run: divided in
+    # place, and one log-softmax for both figures.
+    all_logprobs = logits.float().div_(temperature).log_softmax(-1)  # [b, T, V]
+    new_logprobs = all_logprobs.gather(-1, labels[..., None]).squeeze(-1)  # [b, T]
     new_values = value_head(hidden.float()).squeeze(-1)  # [b, T] outside autocast: bf16 has 3 digits, returns need more
-    new_entropies = entropies(logits if entropy_grad else logits.detach())  # a backward pass over [b, T, V] only if asked for
+    new_entropies = entropies(all_logprobs if entropy_grad else all_logprobs.detach())  # a backward pass only if asked for
     return [x.masked_fill(mask == 0, 0.0) for x in (new_logprobs, new_entropies, new_values)]
 
 

@@ -50,7 +50,7 @@ DETAILS = {
     ),
     "temperature in the log-probs": (
         "sampled at 0.7, log-probs of policy and reference at 1",
-        {"logits = logits.float() / temperature": "logits = logits.float()",
+        {"logits.float().div_(temperature)": "logits.float()",
          "ref_logits.float() / args.temperature": "ref_logits.float()"}, [],
     ),
     "value clipping": (

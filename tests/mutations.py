@@ -50,7 +50,7 @@ MUTANTS = {
     "policy clip on the wrong side": ("torch.max(-advantages * ratio", "torch.min(-advantages * ratio"),
     "value clip on the wrong side": ("torch.max((new_values - returns)", "torch.min((new_values - returns)"),
     "values clipped around the returns": ("clipped = old_values + (new_values - old_values)", "clipped = returns + (new_values - returns)"),
-    "entropy bonus without a gradient": ("logits if entropy_grad else logits.detach()", "logits.detach()"),
+    "entropy bonus without a gradient": ("all_logprobs if entropy_grad else all_logprobs.detach()", "all_logprobs.detach()"),
     "entropy bonus with the wrong sign": ("- args.entropy_coef * entropy", "+ args.entropy_coef * entropy"),
     "loss divided per micro-batch": ("((loss * m).sum() / num_tokens).backward()", "((loss * m).sum() / m.sum()).backward()"),
     "loss averaged over padding": ("((loss * m).sum() / num_tokens).backward()", "loss.mean().backward()"),
@@ -66,7 +66,7 @@ MUTANTS = {
     ),
     "value head starts at random": ("torch.nn.init.zeros_(value_head.weight), ", ""),
     # ---- log-probs, masks, slots ----
-    "temperature left out of the policy's log-probs": ("logits = logits.float() / temperature", "logits = logits.float()"),
+    "temperature left out of the policy's log-probs": ("logits.float().div_(temperature)", "logits.float()"),
     "temperature left out of the reference's": ("ref_logits.float() / args.temperature", "ref_logits.float()"),
     "temperature left out of the sampler": ("(hidden).float() / temperature)", "(hidden).float())"),
     "mask off by one (EOS left out)": (

@@ -44,12 +44,13 @@ class FakeCuda(TorchFunctionMode):
     or computed from such. Those say that they are on CUDA, and an operation that takes one of them and an array of the
     host's fails, as on CUDA."""
 
+    WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy"}  # the host waits for the device
     # These may take both: they copy, take indices from the host, or compute nothing.
     BOTH = {"copy_", "_foreach_copy_", "__getitem__", "__setitem__", "__set__", "_has_compatible_shallow_copy_type"}
 
     def __init__(self):
         super().__init__()
-        self.storages, self.graphs, self.caps, self.capturing = {}, [], [], False
+        self.storages, self.graphs, self.caps, self.waits, self.capturing = {}, [], [], 0, False
 
     def __enter__(self):
         self.patch, autocast = pytest.MonkeyPatch(), torch.autocast
@@ -97,6 +98,8 @@ class FakeCuda(TorchFunctionMode):
         on_gpu = any(self.holds(tensor) for tensor in given)
         if on_gpu and function in (torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__):
             return CUDA if function == torch.Tensor.device.__get__ else True
+        hidden = name == "__getitem__" and any(tensor.dtype == torch.bool for tensor in given[1:])  # how many are True?
+        self.waits += on_gpu and (name in self.WAITS or hidden)
         if name in ("to", "cpu", "cuda"):
             said = [*args[1:], *kwargs.values()]
             devices = [torch.device(x) for x in said if isinstance(x, (str, torch.device))]
@@ -261,6 +264,24 @@ def test_stages_1_and_2_on_the_fake_gpu(cuda, flags, stage, extras):
         for name in a.keys() & {"loss/train", "loss/test", "eval/loss"}:
             assert a[name] != b[name], "no bf16 in it: the fake GPU was not used"
             assert a[name] == pytest.approx(b[name], rel=0.02)
+
+
+def test_the_host_waits_rarely(cuda, flags, monkeypatch):
+    """It asks the device once in eight decode steps, and never in a micro-batch: eight of them in the place of one cost no
+    question more, but for transformers' own, one a forward, whether several sequences are packed into a row. Catches an
+    .item() in an inner loop, for which a GPU would stand still."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    model, T = tiny_model("gpt2", vocab_size=V), 40
+    ids, mask, _ = ppo.left_pad(PROMPTS, PAD, "cpu")
+    with cuda:
+        ppo.rollout(model.to("cuda"), ids.to("cuda"), mask.to("cuda"), torch.rand(T, len(PROMPTS), device="cuda"), 1.0, NEVER, PAD)
+    assert cuda.waits == 4  # after the steps 8, 16, 24, 32
+    waits = []
+    for micro_batch in (8, 1):
+        before = cuda.waits
+        metrics_of(ppo, {**flags[ppo], "num_mini_batches": 1, "per_device_train_batch_size": micro_batch}, cuda)
+        waits.append(cuda.waits - before)
+    assert waits[0] == waits[1] > 0
 
 
 EXTRAS = dict(separate_critic=True, ptx_coef=0.5, gradient_checkpointing=True, entropy_coef=0.01, whiten_rewards=True,

@@ -230,7 +230,7 @@ def test_logprobs_and_entropies(scale):
     expected = log_p.gather(-1, labels[..., None])[..., 0]
     torch.testing.assert_close(ppo.logprobs(logits, labels).double(), expected, atol=1e-5, rtol=1e-6)
     expected = -(log_p.exp() * log_p).sum(-1)
-    torch.testing.assert_close(ppo.entropies(logits).double(), expected, atol=1e-5 * scale, rtol=1e-6)
+    torch.testing.assert_close(ppo.entropies(logits.log_softmax(-1)).double(), expected, atol=1e-5 * scale, rtol=1e-6)
 
 
 def test_k1_and_k3_of_the_logprobs_average_to_the_exact_kl():
