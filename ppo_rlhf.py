@@ -509,7 +509,7 @@ def main(args):
     frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         # glibc gives the memory of large tensors back at once, and the kernel hands it out again page by page, zeroed: at
-        # GPT-2's size that is a quarter of an update. So M_MMAP_MAX = 0, nothing apart, M_TRIM_THRESHOLD = -1, nothing back.
+        # GPT-2's size a fifth of an update. So M_MMAP_MAX (-4) is 0, and nothing is trimmed (M_TRIM_THRESHOLD, -1): freed is kept.
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     B, T = args.batch_size, args.max_new_tokens
 
