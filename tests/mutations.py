@@ -54,6 +54,8 @@ MUTANTS = {
     "entropy bonus with the wrong sign": ("- args.entropy_coef * entropy", "+ args.entropy_coef * entropy"),
     "loss divided per micro-batch": ("((loss * m).sum() / num_tokens).backward()", "((loss * m).sum() / m.sum()).backward()"),
     "loss averaged over padding": ("((loss * m).sum() / num_tokens).backward()", "loss.mean().backward()"),
+    "tied embeddings with a dense gradient too": ("        embeddings.sparse = True\n", "        pass\n"),
+    "sparse gradient of untied embeddings": ("is embeddings.weight:", "is not None:"),
     "gradients not zeroed": ("            optimizer.zero_grad()\n", ""),
     "gradients not clipped": ("clip_grad_norm_(parameters, args.max_grad_norm)", "clip_grad_norm_(parameters, 1e9)"),
     "weight decay": ("weight_decay=0.0", "weight_decay=0.01"),

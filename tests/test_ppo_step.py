@@ -376,6 +376,25 @@ def test_gradients_do_not_depend_on_the_micro_batch(settings, tmp_path, monkeypa
     assert all(g.norm() > 0.1 for g in paths[0])
 
 
+@pytest.mark.parametrize("settings, tied", [("gpt2", True), ("llama", False)])
+def test_tied_embeddings_add_no_gradient_of_their_own_size(settings, tied, tmp_path, monkeypatch):
+    """Where input and output embeddings are one tensor, no second dense gradient of it is made; where they are two, the
+    input's is dense, as the optimizer needs it. That the sum is right is what the oracle says above."""
+
+    class DenseGradients(torch.utils._python_dispatch.TorchDispatchMode):
+        rows = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.embedding_dense_backward.default:
+                self.rows.add(args[2])
+            return function(*args, **(kwargs or {}))
+
+    with DenseGradients() as dense:
+        trace, _, _, tokenizer = trace_main(tmp_path, monkeypatch, settings=settings, total_episodes=8)
+    assert (len(tokenizer) in dense.rows) == (not tied)  # GPT-2 has embeddings of positions too: another number of rows
+    assert all(not gradient.is_sparse for step in trace.steps for gradient in step["gradients"])
+
+
 def test_garbage_after_eos_changes_no_gradient_and_no_metric(tmp_path, monkeypatch):
     """Other ids than pad after EOS, in every rollout. Catches a mask, a length or an EOS count taken from ids."""
     results = []
