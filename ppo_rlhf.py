@@ -832,8 +832,8 @@ def main(args):
         chunk = data["test"][start : start + B]
         prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in chunk], pad_id, device)
         uniforms = torch.rand(T, len(chunk), device=device)  # [T, b] the same luck for both
-        for name, model in (("sft", reference), ("ppo", sampler)):
-            responses, response_lengths = rollout(model, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [b, T]
+        for name, author in (("sft", reference), ("ppo", sampler)):
+            responses, response_lengths = rollout(author, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [b, T]
             answers = roll_left(prompts, responses, prompt_lengths), prompt_lengths, prompt_lengths + response_lengths
             answer_scores = []
             for piece in zip(*(x.split(args.per_device_train_batch_size) for x in answers)):  # [b, P+T], [b], [b]
