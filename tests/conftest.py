@@ -34,6 +34,8 @@ transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 PAD, EOS = 0, 1  # of the tiny tokenizer; with pad == eos, both are EOS
+NEVER = -1  # the id of an EOS that does not come
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [7, 3, 3, 9], [4, 2], [12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23]]  # ids, ragged
 FAMILIES = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"]  # absolute positions, then four kinds of RoPE
 
 
@@ -132,3 +134,18 @@ def plain_logits(model, ids):
     """The yardstick of most tests: one row, no padding, no mask, no cache, the model's own forward -> [len(ids), V]."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def stop_and_resume(stage, flags):
+    """main() of a stage, ended right after the checkpoint of its second step, then --resume."""
+    save_checkpoint = stage.save_checkpoint
+
+    def stop_after_two(args, step, *rest):
+        save_checkpoint(args, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "save_checkpoint", stop_after_two)
+        stage.main(stage.Args(**flags))
+    stage.main(stage.Args(**flags, resume=True))

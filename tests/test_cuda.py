@@ -14,7 +14,8 @@ import types
 
 import pytest
 import torch
-from conftest import REPOSITORY, read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
+from conftest import (EOS, NEVER, PAD, PROMPTS, REPOSITORY, read_jsonl, save, stop_and_resume, tiny_model, tiny_reward_model,
+                      tiny_tokenizer, write_jsonl)  # fmt: skip
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +47,7 @@ class FakeCuda(TorchFunctionMode):
 
     WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy"}  # the host waits for the device
     # These may take both: they copy, take indices from the host, or compute nothing.
-    BOTH = {"copy_", "_foreach_copy_", "__getitem__", "__setitem__", "__set__", "_has_compatible_shallow_copy_type"}
+    BOTH = {"copy_", "__getitem__", "__setitem__", "__set__", "_has_compatible_shallow_copy_type"}
 
     def __init__(self):
         super().__init__()
@@ -73,9 +74,11 @@ class FakeCuda(TorchFunctionMode):
     def capture(self, graph):
         self.graphs.append(graph)
         self.capturing = True
-        with graph:
-            yield
-        self.capturing = False
+        try:
+            with graph:
+                yield
+        finally:
+            self.capturing = False
 
     def holds(self, tensor):
         return tensor.untyped_storage()._cdata in self.storages
@@ -200,8 +203,7 @@ def test_the_fake_graph_refuses_what_a_capture_refuses(cuda, step):
 # The decode step as a CUDA graph
 # ---------------------------------------------------------------------------------------------------------------
 
-V, PAD, EOS, NEVER = 24, 0, 1, -1
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [7, 3, 3, 9], [4, 2], [12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23]]
+V = 24
 
 
 @pytest.mark.parametrize("eos_id", [NEVER, EOS, 7])
@@ -330,18 +332,11 @@ def test_ppo_on_the_fake_gpu(cuda, flags, monkeypatch, extras):
 def test_a_resumed_run_on_the_fake_gpu(cuda, flags, tmp_path, stage):
     """Stopped after step 2 and resumed, the run ends as one that was never stopped. Catches a state that comes back to the
     wrong device, and a sampler that is not the loaded policy."""
-    save_checkpoint, flags = stage.save_checkpoint, {**flags[stage], "overwrite": False}
+    flags = {**flags[stage], "overwrite": False}
     whole = metrics_of(stage, {**flags, "output_dir": str(tmp_path / "whole")}, cuda)
-
-    def stop_after_two(args, step, *rest):
-        save_checkpoint(args, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "save_checkpoint", stop_after_two)
-        metrics_of(stage, flags, cuda)
-    resumed = metrics_of(stage, {**flags, "resume": True}, cuda)
+    with cuda:
+        stop_and_resume(stage, flags)
+    resumed = read_jsonl(tmp_path / "out/metrics.jsonl")
     same = [{name: m[name] for name in m if not name.startswith(("time", "tokens_per", "eps", "mfu"))} for m in (*whole, *resumed)]
     assert same[: len(whole)] == same[len(whole) :] and len(whole) > 2
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()

@@ -4,7 +4,7 @@ look at how many answers to one prompt differ. Each is off by default; on, it do
 import pytest
 import torch
 import transformers
-from conftest import read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
+from conftest import read_jsonl, save, stop_and_resume, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
 from test_ppo_step import TEST, TRAIN, T, trace_main
 
 import ppo_rlhf as ppo
@@ -71,26 +71,11 @@ def test_adaptive_beta(tmp_path, monkeypatch):
     assert errors[0] == pytest.approx(-1, abs=1e-3) and max(errors) > 0.2  # both sides of the clip were seen
 
 
-def stop_and_resume(args, folder):
-    """main(), ended after the checkpoint of its second update, then --resume."""
-    save_checkpoint = ppo.save_checkpoint
-
-    def stop_after_two(a, step, *rest):
-        save_checkpoint(a, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ppo, "save_checkpoint", stop_after_two)
-        ppo.main(ppo.Args(**args, output_dir=str(folder)))
-    ppo.main(ppo.Args(**args, output_dir=str(folder), resume=True))
-
-
 def test_adaptive_beta_survives_a_stop(tmp_path):
     """beta is in the checkpoint: a run that goes on ends as one that was never stopped."""
     args = small_args(tmp_path, adaptive_kl_target=0.01, adaptive_kl_horizon=10, save_steps=1)
     ppo.main(ppo.Args(**args, output_dir=str(tmp_path / "whole")))
-    stop_and_resume(args, tmp_path / "stopped")
+    stop_and_resume(ppo, {**args, "output_dir": str(tmp_path / "stopped")})
     whole, stopped = ([m["beta"] for m in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in ("whole", "stopped"))
     assert whole == stopped and len(set(whole)) == 4
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "stopped/model.safetensors").read_bytes()
@@ -239,7 +224,7 @@ def test_a_separate_critic_starts_as_the_reward_model(tmp_path):
     (path,) = (tmp_path / "whole/checkpoint").glob("*.pt")
     critic = torch.load(path, weights_only=True)["critic"]
     assert not all(torch.equal(value, judge[name]) for name, value in critic.items())
-    stop_and_resume(args, tmp_path / "stopped")
+    stop_and_resume(ppo, {**args, "output_dir": str(tmp_path / "stopped")})
     (other,) = (tmp_path / "stopped/checkpoint").glob("*.pt")
     assert all(torch.equal(value, critic[name]) for name, value in torch.load(other, weights_only=True)["critic"].items())
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "stopped/model.safetensors").read_bytes()

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import transformers
-from conftest import plain_logits, tiny_model
+from conftest import EOS, NEVER, PAD, PROMPTS, plain_logits, tiny_model
 
 import ppo_rlhf as ppo
 
-V, PAD, EOS, NEVER = 24, 0, 1, -1
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [7, 3, 3, 9], [4, 2], [12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23]]
+V = 24
 
 
 def sample(model, prompts, uniforms, temperature=1.0, eos_id=EOS, pad_id=PAD):
