@@ -56,8 +56,9 @@ class FakeCuda(TorchFunctionMode):
     def __enter__(self):
         self.patch, autocast = pytest.MonkeyPatch(), torch.autocast
         for name, value in dict(
-            is_available=lambda: True, synchronize=lambda *_: None, Stream=Stream, current_stream=Stream,
-            stream=lambda side: contextlib.nullcontext(), CUDAGraph=RecordedGraph, graph=self.capture,
+            is_available=lambda: True, is_current_stream_capturing=lambda: self.capturing, synchronize=lambda *_: None,
+            Stream=Stream, current_stream=Stream, stream=lambda side: contextlib.nullcontext(),
+            CUDAGraph=RecordedGraph, graph=self.capture,
             max_memory_allocated=lambda *_: 1e9, memory_allocated=lambda *_: 1e9, reset_peak_memory_stats=lambda *_: None,
             get_device_properties=lambda *_: types.SimpleNamespace(total_memory=2**31), set_per_process_memory_fraction=self.caps.append,
         ).items():  # fmt: skip
