@@ -56,13 +56,15 @@ class FakeCuda(TorchFunctionMode):
     def __enter__(self):
         self.patch, autocast = pytest.MonkeyPatch(), torch.autocast
         for name, value in dict(
-            is_available=lambda: True, is_current_stream_capturing=lambda: self.capturing, synchronize=lambda *_: None,
-            Stream=Stream, current_stream=Stream, stream=lambda side: contextlib.nullcontext(),
-            CUDAGraph=RecordedGraph, graph=self.capture,
+            is_available=lambda: True, synchronize=lambda *_: None, Stream=Stream, current_stream=Stream,
+            stream=lambda side: contextlib.nullcontext(), CUDAGraph=RecordedGraph, graph=self.capture,
+            is_current_stream_capturing=lambda: self.capturing,
             max_memory_allocated=lambda *_: 1e9, memory_allocated=lambda *_: 1e9, reset_peak_memory_stats=lambda *_: None,
             get_device_properties=lambda *_: types.SimpleNamespace(total_memory=2**31), set_per_process_memory_fraction=self.caps.append,
         ).items():  # fmt: skip
             self.patch.setattr(torch.cuda, name, value)
+        # Or else a torch that was built for CUDA asks the driver more, and there may be none; one built for CPUs says None too.
+        self.patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
         self.patch.setattr(torch, "autocast", lambda device_type, dtype=None, **other: autocast("cpu", dtype, **other))
         self.patch.setattr(ppo, "matmul_flops", functools.partial(ppo.matmul_flops, n=64))
         return super().__enter__()
