@@ -1,6 +1,6 @@
 """Iterated RLHF (Bai et al. 2022): is a policy better if its reward model has also learnt from the last policy's answers?
 
-    python benchmark/iterated.py --seeds 1 2 3 --parallel 2     # an hour on two cores, judging by one seed and round
+    python benchmark/iterated.py --seeds 1 2 3 4 5 --betas 0.1 --rounds 1 --label newest sft     # 25 minutes on two cores
 
 Reads   --base_dir/seedN/{sft,reward_model,beta_B}, as shipped_task.py leaves them; what is missing is made (round 0).
 Writes  --work_dir/seedN/newest_beta_B/roundR/{pairs,reward_model,ppo}; benchmark/results/iterated.jsonl, a row for each round.
@@ -19,7 +19,8 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from common import BASELINES, RESULTS, ROOT, answers, baselines, held_out, mean, ppo_job, read_jsonl, run_all, write_jsonl
+from common import (BASELINES, RESULTS, ROOT, answers, baselines, half_width, held_out, mean, ppo_job, read_jsonl, run_all,
+                    write_jsonl)  # fmt: skip
 
 import ppo_rlhf  # this and the next two stand where common has put them into the path
 import reward_model as stage2
@@ -122,6 +123,15 @@ def main():
         group = [row for row in rows if (row["labelled"], row["beta"], row["round"]) == (label, beta, number)]
         figures = [f"{mean(row[name] for row in group):14.3f}" if name in group[0] else f"{'-':>14}" for name in TITLES]
         print(f"{label:8}{beta:6}{number:7}" + "".join(figures))
+    print("\nagainst round 0, and against the same round with answers of the SFT model: mean [95% interval]")
+    gold = {(row["labelled"], row["beta"], row["round"], row["seed"]): row["gold"] for row in rows}
+    for label, beta, number in dict.fromkeys(key[:3] for key in gold if key[2]):
+        texts = []
+        for other in [(label, beta, 0)] + [("sft", beta, number)] * (label != "sft" and "sft" in args.label):
+            gains = [gold[label, beta, number, seed] - gold[*other, seed] for seed in args.seeds]
+            low, high = (mean(gains) + sign * half_width(gains) for sign in (-1, 1))
+            texts.append(f"{mean(gains):+.2f} [{low:+.2f}, {high:+.2f}]")
+        print(f"{label:8}{beta:6}{number:7}  gold " + ", ".join(texts))
     print(f"Means over seeds {' '.join(map(str, args.seeds))}; rows in {args.output}")
 
 
