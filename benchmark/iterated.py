@@ -1,6 +1,6 @@
 """Iterated RLHF (Bai et al. 2022): is a policy better if its reward model has also learnt from the last policy's answers?
 
-    python benchmark/iterated.py --seeds 1 2 3 4 5 --betas 0.1 --rounds 1 --label newest sft     # 25 minutes on two cores
+    python benchmark/iterated.py --seeds 1 2 3 4 5 --betas 0.1 --rounds 1 --label newest sft     # half an hour on two cores
 
 Reads   --base_dir/seedN/{sft,reward_model,beta_B}, as shipped_task.py leaves them; what is missing is made (round 0).
 Writes  --work_dir/seedN/newest_beta_B/roundR/{pairs,reward_model,ppo}; benchmark/results/iterated.jsonl, a row for each round.
