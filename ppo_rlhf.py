@@ -37,6 +37,7 @@ Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-pr
 import contextlib
 import copy
 import ctypes
+import functools
 import hashlib
 import inspect
 import json
@@ -92,6 +93,9 @@ class Args:
     """responses sampled over the whole run; updates = total_episodes / batch_size"""
     batch_size: int = 128
     """episodes an update"""
+    rollout_batch_size: int = 128
+    """episodes sampled at a time: more are faster, and their keys and values take more memory (131 kB a token for Pythia-1B,
+    12 kB for Qwen2.5-0.5B)"""
     max_new_tokens: int = 64
     """the longest response, in tokens; the shipped task's longest good answers take about 50"""
     temperature: float = 0.7
@@ -276,6 +280,13 @@ def value_loss(new_values, old_values, returns, cliprange_value):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def side_stream():
+    """The one CUDA stream on which graphs are warmed up and captured: cuBLAS keeps a workspace, 32 MiB on an H100, for every
+    stream that it has seen, so a new one for each rollout would eat the memory up."""
+    return torch.cuda.Stream()
+
+
 @torch.no_grad()
 def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
     """Sample a response to every prompt -> responses [B, T] (padded after EOS), lengths [B] (EOS included).
@@ -301,7 +312,7 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
     def sample_next(hidden):  # [B, d]
         # Plain sampling by inverse CDF: the first token whose cumulative probability exceeds u. No top-k, no top-p, no
         # penalties: the log-probs in the loss are of this distribution and no other, or the ratio is meaningless.
-        cdf = (model.get_output_embeddings()(hidden).float() / temperature).softmax(-1).cumsum(-1)  # [B, V]
+        cdf = (model.get_output_embeddings()(hidden.float()) / temperature).softmax(-1).cumsum(-1)  # [B, V]
         u = uniforms.index_select(0, step).T * cdf[:, -1:]  # [B, 1]; the last entry is 1 up to rounding
         token.copy_(torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1))
         token.masked_fill_(done[:, None], pad_id)
@@ -327,13 +338,13 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
 
     run_step, first = decode_step, 1
     if device.type == "cuda" and T > 3:
-        side = torch.cuda.Stream()
+        side = side_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # two real steps first: libraries allocate their workspaces now, not in the graph
             decode_step(), decode_step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records the step, runs nothing
+        with torch.cuda.graph(graph, stream=side):  # records the step, runs nothing
             decode_step()
         run_step, first = graph.replay, 3
     for t in bar(range(first, T), "rollout"):
@@ -343,11 +354,18 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
     return responses, lengths
 
 
+def rollout_in_slices(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id, size):
+    """The same, `size` rows at a time: the cache of keys and values, which may outweigh the model, is that of one slice."""
+    slices = zip(prompts.split(size), prompt_mask.split(size), uniforms.split(size, dim=1))
+    responses, lengths = zip(*[rollout(model, *tensors, temperature, eos_id, pad_id) for tensors in slices])
+    return torch.cat(responses), torch.cat(lengths)  # [B, T], [B]
+
+
 def response_states(model, ids, prompt_lengths, T):
     """Hidden states that predict response tokens 1 ... T: right-padded ids [b, L], prompt_lengths [b] -> [b, T, d].
 
     The output layer is then applied to these alone. Logits of whole sequences, [b, L, V], would be by far the
-    largest tensor of the run (16 GB for 16 x 565 tokens and a vocabulary of 152k)."""
+    largest tensor of the run (5.5 GB for 16 x 565 tokens and a vocabulary of 152k, and as much for log-probs and gradient)."""
     hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # [b, L-1, d]: the last predicts none
     slots = prompt_lengths[:, None] - 1 + torch.arange(T, device=ids.device)  # [b, T]: the position before each token
     slots = slots.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])  # [b, T, d]
@@ -367,10 +385,11 @@ def micro_batches(rows, lengths, response_lengths, size, device):
 def read_scores(reward_model, hidden, lengths):  # [shared]
     """The raw score of each sequence, [B], from the hidden states [B, L, d] of right-padded ids, at the last real token.
 
-    `lengths` [B] say where that is; looking for the first pad id instead (as the stock forward does) goes wrong
+    `lengths` [B] say where that is; looking for the last id that is no pad (as the stock forward does) goes wrong
     as soon as pad == eos, since the EOS is then taken for padding and the score read one token early."""
     last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # [B, d]
-    return reward_model.score(last).squeeze(-1).float()  # [B]
+    with torch.autocast(hidden.device.type, enabled=False):  # bf16 has 3 digits, differences of scores need more
+        return reward_model.score(last.float()).squeeze(-1)  # [B]
 
 
 def score_sequences(reward_model, ids, lengths):  # [shared]
@@ -402,14 +421,13 @@ def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, 
     whatever the sampler's kernels round differently."""
     with autocast:
         hidden = response_states(policy, ids, prompt_lengths, labels.shape[1])  # [b, T, d]
-        logits = policy.get_output_embeddings()(hidden)  # [b, T, V] of response tokens only
-        if critic is not None:
-            hidden = response_states(critic, ids, prompt_lengths, labels.shape[1])  # [b, T, d]
-    # The distribution that was sampled is the one that is scored. Few tensors of this size, the largest of the run: divided in
+        value_hidden = hidden if critic is None else response_states(critic, ids, prompt_lengths, labels.shape[1])  # [b, T, d]
+    # Both heads outside autocast: bf16 has 3 digits, returns need more, and a ratio lives on the third digit of a logit. The
+    # distribution that was sampled is the one that is scored. Few tensors of this size, the largest of the run: divided in
     # place, and one log-softmax for both figures.
-    all_logprobs = logits.float().div_(temperature).log_softmax(-1)  # [b, T, V]
+    all_logprobs = policy.get_output_embeddings()(hidden.float()).div_(temperature).log_softmax(-1)  # [b, T, V]
     new_logprobs = all_logprobs.gather(-1, labels[..., None]).squeeze(-1)  # [b, T]
-    new_values = value_head(hidden.float()).squeeze(-1)  # [b, T] outside autocast: bf16 has 3 digits, returns need more
+    new_values = value_head(value_hidden.float()).squeeze(-1)  # [b, T]
     new_entropies = entropies(all_logprobs if entropy_grad else all_logprobs.detach())  # a backward pass only if asked for
     return [x.masked_fill(mask == 0, 0.0) for x in (new_logprobs, new_entropies, new_values)]
 
@@ -458,6 +476,17 @@ def load_model(auto_class, path, flag):
     return model, tokenizer
 
 
+def to_bf16(model):
+    """A model that only runs forward, in bf16: half the memory, several times the speed. Two things stay fp32: buffers, as
+    RoPE's frequencies in bf16 are 0.3 radians off after 300 tokens, which is another model; and the output layer, as bf16
+    rounds logits near 60, where GPT-2's lie, to quarters (MiniMax-M1 2025: without that, sampler and training disagree)."""
+    head = model.get_output_embeddings()  # None of a reward model, whose last layer is `score`
+    if head is not None:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # if tied, now of its own
+    for parameter in model.base_model.parameters():
+        parameter.data = parameter.data.bfloat16()
+
+
 @torch.no_grad()
 def check_model(model, prompts, T, pad_id, flag):
     """Compare sampler and scorer with the model's own forward on single rows; the run ends here if they differ.
@@ -471,13 +500,15 @@ def check_model(model, prompts, T, pad_id, flag):
         responses, _ = rollout(model, ids, mask, uniforms, 1.0, -1, pad_id)  # [B, T] no EOS: all T tokens
         for prompt, response, u, length in zip(prompts, responses, uniforms.T, lengths):
             row = torch.cat([prompt, response])[None]  # [1, p+T] unpadded
-            stock = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # [T, V]
-            ours = model.get_output_embeddings()(response_states(model, row, length[None], T))[0].float()  # [T, V]
+            stock = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]  # [T, V]
+            ours = model.get_output_embeddings()(response_states(model, row, length[None], T))[0]  # [T, V]
             p = stock.softmax(-1)  # [T, V]
             above = p.cumsum(-1).gather(1, response[:, None])[:, 0]  # [T] the CDF at the sampled token, then before it
             below = above - p.gather(1, response[:, None])[:, 0]  # [T]; u lies between the two, up to rounding
             errors = (p - ours.softmax(-1)).abs().max(), (below - u).max(), (u - above).max()
             worst = max(worst, *(math.inf if error.isnan() else error.item() for error in errors))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         fail(f"{family} ({(str(error) or type(error).__name__).splitlines()[0]})")
     if worst > 1e-3:
@@ -485,10 +516,10 @@ def check_model(model, prompts, T, pad_id, flag):
 
 
 def main(args):
-    check_flags(args, ["batch_size", "total_episodes", "max_prompt_length", "max_new_tokens", "temperature", "learning_rate",
-                       "value_learning_rate", "cliprange", "cliprange_value", "num_ppo_epochs", "num_mini_batches",
-                       "per_device_train_batch_size", "max_grad_norm", "adaptive_kl_horizon", "logging_steps",
-                       "eval_steps", "save_steps", "save_total_limit"])  # fmt: skip
+    check_flags(args, ["batch_size", "rollout_batch_size", "total_episodes", "max_prompt_length", "max_new_tokens", "temperature",
+                       "learning_rate", "value_learning_rate", "cliprange", "cliprange_value", "num_ppo_epochs", "num_mini_batches",
+                       "per_device_train_batch_size", "max_grad_norm", "adaptive_kl_horizon", "logging_steps", "eval_steps",
+                       "save_steps", "save_total_limit"])  # fmt: skip
     if args.batch_size % args.num_mini_batches:
         fail(f"--batch_size {args.batch_size} does not divide into --num_mini_batches {args.num_mini_batches}")
     if args.total_episodes < args.batch_size:
@@ -499,14 +530,14 @@ def main(args):
         fail("--reward_model_path is empty: name at least one")
     if max(args.gamma, args.lam) > 1:
         fail(f"--gamma {args.gamma} --lam {args.lam}: neither may be above 1")
-    # What may change on --resume: it changes no result, or (the last two) only the rounding of sums.
+    # What may change on --resume: it changes no result, or (the last three) only the rounding of sums.
     state = load_checkpoint(args, ["output_dir", "logging_steps", "eval_steps", "track", "save_steps", "save_total_limit", "resume",
-                                   "overwrite", "gradient_checkpointing", "per_device_train_batch_size"])  # fmt: skip
+                                   "overwrite", "gradient_checkpointing", "per_device_train_batch_size",
+                                   "rollout_batch_size"])  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     tolerance = 0.1 if device.type == "cuda" else 1e-4  # nats a token, for what must be 0: bf16 rounds, fp32 hardly
-    frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         # glibc gives the memory of large tensors back at once, and the kernel hands it out again page by page, zeroed: at
         # GPT-2's size a fifth of an update. So M_MMAP_MAX (-4) is 0, and nothing is trimmed (M_TRIM_THRESHOLD, -1): freed is kept.
@@ -536,7 +567,7 @@ def main(args):
         reward_models.append(reward_model)
     # A critic of its own must be fp32 and trained: copied before the reward models are frozen.
     critic = copy.deepcopy(reward_models[0].base_model).to(device) if args.separate_critic else None
-    reward_models = [model.to(device, frozen_dtype).eval().requires_grad_(False) for model in reward_models]
+    reward_models = [model.to(device).eval().requires_grad_(False) for model in reward_models]
     trained = [policy.to(device), critic] if critic else [policy.to(device)]
     for model in trained if args.gradient_checkpointing else []:
         model.gradient_checkpointing_enable()
@@ -545,9 +576,11 @@ def main(args):
         # Tied weights get two gradients as large as the vocabulary, and autograd adds them up in a third. The input's is 0 but
         # for the ids that were read, so it is made sparse: 0.15 GB less for GPT-2. (Untied it would stay so: AdamW refuses that.)
         embeddings.sparse = True
-    reference = copy.deepcopy(policy).to(frozen_dtype).eval().requires_grad_(False)
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
     # The sampler needs no master weights: a bf16 copy on CUDA, refreshed after each update, halves what a step reads.
-    sampler = copy.deepcopy(policy).to(frozen_dtype).eval().requires_grad_(False) if device.type == "cuda" else policy
+    sampler = copy.deepcopy(reference) if device.type == "cuda" else policy
+    for model in (reference, sampler, *reward_models) if device.type == "cuda" else []:
+        to_bf16(model)
     value_head = torch.nn.Linear(trained[-1].config.hidden_size, 1).to(device)
     # Zero: the first values are the mean of normalized scores, and the first advantages are not noise of a random head.
     torch.nn.init.zeros_(value_head.weight), torch.nn.init.zeros_(value_head.bias)
@@ -588,13 +621,16 @@ def main(args):
     by_length = sorted((ids for _, ids in data["train"]), key=len)
     extremes = [torch.tensor(by_length[i], device=device) for i in (0, -1)]  # ragged: padding is what goes wrong
     check_model(policy.eval(), extremes, T, pad_id, f"--sft_model_path {args.sft_model_path}")
+    if device.type == "cuda":  # the output layer's products, which are in fp32, at half of bf16's speed, not at a tenth
+        torch.set_float32_matmul_precision("high")  # TF32: three digits go in, as in bf16, but seven come out
 
     first_update, seconds, beta = 1, 0.0, args.beta
     scales = [(model.config.reward_mean, model.config.reward_std) for model in reward_models]
     inputs = fingerprint((data, demonstrations, scales), reference, *reward_models)
     if state:
         if state["inputs"] != inputs:
-            fail("--resume: prompts, SFT model or reward model are not what this run began with; restore them, or --overwrite")
+            fail("--resume: prompts, SFT model or reward model are not what this run began with, or it began on another kind of "
+                 "device; restore them, or --overwrite")  # fmt: skip
         policy.load_state_dict(state["policy"])
         sampler.load_state_dict(state["policy"])
         value_head.load_state_dict(state["value_head"])
@@ -609,11 +645,11 @@ def main(args):
         wandb.init(project="ppo_rlhf", name=output_dir.name, config=asdict(args), save_code=True, resume="allow",
                    id=state["wandb"] if state else None)  # fmt: skip
 
-    num_updates = args.total_episodes // B
+    num_updates, sampling = args.total_episodes // B, (args.temperature, eos_id, pad_id, args.rollout_batch_size)
     peak_flops = matmul_flops(device) if device.type == "cuda" else math.nan
     head_size = policy.get_output_embeddings().weight.numel()
     trunk_size = sum(p.numel() for model in trained for p in model.base_model.parameters())
-    trunk_size -= policy.get_input_embeddings().weight.numel()  # a look-up, no product
+    trunk_size -= sum(model.get_input_embeddings().weight.numel() for model in trained)  # a look-up, no product
     # Every epoch is a new permutation of the prompts; made whole, so that an update's prompts depend on nothing else.
     generator = torch.Generator().manual_seed(args.seed)
     epochs = math.ceil(args.total_episodes / len(data["train"]))
@@ -639,12 +675,12 @@ def main(args):
         batch = [data["train"][i] for i in order[(update - 1) * B : update * B]]
         prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in batch], pad_id, device)
         uniforms = torch.rand(T, B, device=device)  # [T, B]
-        responses, response_lengths = rollout(sampler, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [B, T]
+        responses, response_lengths = rollout_in_slices(sampler, prompts, prompt_mask, uniforms, *sampling)  # [B, T], [B]
         mask = (torch.arange(T, device=device) < response_lengths[:, None]).float()  # [B, T] the one mask
         ended = responses.gather(1, response_lengths[:, None] - 1)[:, 0] == eos_id  # [B]
         sequences = roll_left(prompts, responses, prompt_lengths)  # [B, P+T]
         lengths = prompt_lengths + response_lengths  # [B]
-        # The host learns the lengths once, to cut micro-batches to their longest row; all else stays on the device.
+        # The host learns the lengths once, to cut micro-batches to their longest row. No micro-batch asks the device again.
         host_lengths = (lengths.tolist(), response_lengths.tolist())
         micro_size = args.per_device_train_batch_size
         clock.append(now(device))
@@ -660,10 +696,11 @@ def main(args):
                 old_logprobs[rows, :t], _, values[rows, :t] = forward(
                     policy, value_head, ids, starts, labels, m, args.temperature, autocast, critic=critic
                 )
-                ref_logits = reference.get_output_embeddings()(response_states(reference, ids, starts, t))  # [b, t, V]
-                ref_logprobs[rows, :t] = logprobs(ref_logits.float() / args.temperature, labels) * m
+                ref_hidden = response_states(reference, ids, starts, t).float()  # [b, t, d]
+                # No name for the logits, [b, t, V]: it would keep the largest ones through phase 4.
+                ref_logprobs[rows, :t] = logprobs(reference.get_output_embeddings()(ref_hidden).div_(args.temperature), labels) * m
                 each = torch.stack([reward_fn(model, tokenizer, ids, starts, lengths[rows]) for model in reward_models])  # [M, b]
-                scores[rows] = ensemble_scores(each, args.ensemble, args.ensemble_coef)
+                scores[rows] = ensemble_scores(each.float(), args.ensemble, args.ensemble_coef)
         # An answer that was cut off pays: else the policy learns to ramble past the end, where no EOS can lower its score.
         scores = scores - args.missing_eos_penalty * ~ended - args.length_penalty * response_lengths  # [B]
         judged = {"logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores}
@@ -718,7 +755,9 @@ def main(args):
                 num_tokens = sum(len(response) for _, response in picked)
                 for i in range(0, len(picked), micro_size):
                     ids, starts, labels, m = lay_out(picked[i : i + micro_size], pad_id, device)
-                    new_logprobs, _, _ = forward(policy, value_head, ids, starts, labels, m, 1.0, autocast, critic=critic)  # [b, t]
+                    with autocast:
+                        hidden = response_states(policy, ids, starts, labels.shape[1])  # [b, t, d]
+                    new_logprobs = logprobs(policy.get_output_embeddings()(hidden.float()), labels)  # [b, t]
                     ptx_loss = -(new_logprobs * m).sum() / num_tokens
                     (args.ptx_coef * ptx_loss).backward()
                     stats[k, 8] += ptx_loss.detach()
@@ -777,14 +816,14 @@ def main(args):
             again = [ids for _, ids in batch[: max(1, B // 16)] for _ in range(16)]
             prompts, prompt_mask, _ = left_pad(again, pad_id, device)
             uniforms = torch.rand(T, len(again), device=device)  # [T, b]
-            repeats, _ = rollout(sampler, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [b, T]
+            repeats, _ = rollout_in_slices(sampler, prompts, prompt_mask, uniforms, *sampling)  # [b, T]
             metrics["val/distinct_responses"] = sum(len(group.unique(dim=0)) for group in repeats.split(16)) / len(again)
         # Ziegler et al. 2019, section 2.2: a proportional controller in log space, whose error is clipped
         if args.adaptive_kl_target > 0:
             error = metrics["objective/kl"] / args.adaptive_kl_target - 1
             beta *= 1 + min(max(error, -0.2), 0.2) * B / args.adaptive_kl_horizon
         progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.2f}")
-        if update % args.logging_steps == 0 or update == num_updates:
+        if update % args.logging_steps == 0 or update in (1, num_updates):
             metrics_file.write(json.dumps(metrics) + "\n")
             metrics_file.flush()
             if args.track:
@@ -833,12 +872,12 @@ def main(args):
         prompts, prompt_mask, prompt_lengths = left_pad([ids for _, ids in chunk], pad_id, device)
         uniforms = torch.rand(T, len(chunk), device=device)  # [T, b] the same luck for both
         for name, author in (("sft", reference), ("ppo", sampler)):
-            responses, response_lengths = rollout(author, prompts, prompt_mask, uniforms, args.temperature, eos_id, pad_id)  # [b, T]
+            responses, response_lengths = rollout_in_slices(author, prompts, prompt_mask, uniforms, *sampling)  # [b, T], [b]
             answers = roll_left(prompts, responses, prompt_lengths), prompt_lengths, prompt_lengths + response_lengths
             answer_scores = []
             for piece in zip(*(x.split(args.per_device_train_batch_size) for x in answers)):  # [b, P+T], [b], [b]
                 each = torch.stack([reward_fn(model, tokenizer, *piece) for model in reward_models])  # [M, b]
-                answer_scores += ensemble_scores(each, args.ensemble, args.ensemble_coef).tolist()
+                answer_scores += ensemble_scores(each.float(), args.ensemble, args.ensemble_coef).tolist()
             for i in range(len(chunk)):
                 text = tokenizer.decode(responses[i, : response_lengths[i]], skip_special_tokens=True).strip()
                 results[start + i].update({name: text, f"{name}_score": answer_scores[i]})
@@ -1001,8 +1040,8 @@ def open_logs(args, state, names):  # [shared]
     """Make --output_dir and open its jsonl files as they were at the checkpoint, so that no step stands twice in them."""
     folder = Path(args.output_dir)
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-    for path in [] if state else folder.glob("checkpoint/*"):  # --overwrite
-        path.unlink()
+    for path in [] if state else [*folder.glob("checkpoint/*"), *folder.glob("config.json")]:  # --overwrite
+        path.unlink()  # without its config, an old model is not taken for this run's, should that stop early
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     for name in names:
         (folder / name).write_text(state["logs"][name] if state else "", encoding="utf-8")
@@ -1078,6 +1117,8 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
 
     Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
     prompt that was tokenized alone, would never see those tokens again."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        prompt = prompt + completion[:-1]  # of several messages only the last is the answer
     completion = completion if isinstance(completion, str) else completion[-1]["content"]
     try:
         if isinstance(prompt, str):
@@ -1143,7 +1184,7 @@ def now(device):
 
 def matmul_flops(device, n=8192):
     """FLOP/s of a large bf16 matrix product, measured: the peak that model FLOPs utilization (MFU) is a share of."""
-    a = torch.ones(n, n, dtype=torch.bfloat16, device=device)
+    a = torch.randn(n, n, dtype=torch.bfloat16, device=device)  # of ones it would take less power, and run faster
     times = []
     for _ in range(10):
         start = now(device)
@@ -1169,7 +1210,8 @@ if __name__ == "__main__":
     try:
         main(parse_flags(Args, __doc__))
     except torch.OutOfMemoryError as error:
-        fail("out of GPU memory: --resume with --gradient_checkpointing or a smaller --per_device_train_batch_size goes on; a "
-             f"smaller --max_new_tokens makes another run: --overwrite ({str(error).splitlines()[0]})", status=1)  # fmt: skip
+        fail("out of GPU memory: --resume with --gradient_checkpointing, a smaller --per_device_train_batch_size or, if it was in "
+             "the rollout, a smaller --rollout_batch_size goes on; a smaller --max_new_tokens makes another run: --overwrite "
+             f"({str(error).splitlines()[0]})", status=1)  # fmt: skip
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
         fail(f"{error}; earlier checkpoints are whole: mend it, then --resume", status=1)

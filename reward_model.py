@@ -179,10 +179,11 @@ def split_dialogue(dialogue):
 def read_scores(reward_model, hidden, lengths):  # [shared]
     """The raw score of each sequence, [B], from the hidden states [B, L, d] of right-padded ids, at the last real token.
 
-    `lengths` [B] say where that is; looking for the first pad id instead (as the stock forward does) goes wrong
+    `lengths` [B] say where that is; looking for the last id that is no pad (as the stock forward does) goes wrong
     as soon as pad == eos, since the EOS is then taken for padding and the score read one token early."""
     last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # [B, d]
-    return reward_model.score(last).squeeze(-1).float()  # [B]
+    with torch.autocast(hidden.device.type, enabled=False):  # bf16 has 3 digits, differences of scores need more
+        return reward_model.score(last.float()).squeeze(-1)  # [B]
 
 
 def score_sequences(reward_model, ids, lengths):  # [shared]
@@ -561,8 +562,8 @@ def open_logs(args, state, names):  # [shared]
     """Make --output_dir and open its jsonl files as they were at the checkpoint, so that no step stands twice in them."""
     folder = Path(args.output_dir)
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-    for path in [] if state else folder.glob("checkpoint/*"):  # --overwrite
-        path.unlink()
+    for path in [] if state else [*folder.glob("checkpoint/*"), *folder.glob("config.json")]:  # --overwrite
+        path.unlink()  # without its config, an old model is not taken for this run's, should that stop early
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     for name in names:
         (folder / name).write_text(state["logs"][name] if state else "", encoding="utf-8")
@@ -638,6 +639,8 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
 
     Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
     prompt that was tokenized alone, would never see those tokens again."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        prompt = prompt + completion[:-1]  # of several messages only the last is the answer
     completion = completion if isinstance(completion, str) else completion[-1]["content"]
     try:
         if isinstance(prompt, str):

@@ -502,8 +502,8 @@ def open_logs(args, state, names):  # [shared]
     """Make --output_dir and open its jsonl files as they were at the checkpoint, so that no step stands twice in them."""
     folder = Path(args.output_dir)
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-    for path in [] if state else folder.glob("checkpoint/*"):  # --overwrite
-        path.unlink()
+    for path in [] if state else [*folder.glob("checkpoint/*"), *folder.glob("config.json")]:  # --overwrite
+        path.unlink()  # without its config, an old model is not taken for this run's, should that stop early
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     for name in names:
         (folder / name).write_text(state["logs"][name] if state else "", encoding="utf-8")
@@ -579,6 +579,8 @@ def encode(tokenizer, template, prompt, completion=""):  # [shared]
 
     Tokenizing the joined text would merge tokens across the border, and the policy, which always continues a
     prompt that was tokenized alone, would never see those tokens again."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        prompt = prompt + completion[:-1]  # of several messages only the last is the answer
     completion = completion if isinstance(completion, str) else completion[-1]["content"]
     try:
         if isinstance(prompt, str):

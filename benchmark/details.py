@@ -50,8 +50,8 @@ DETAILS = {
     ),
     "temperature in the log-probs": (
         "sampled at 0.7, log-probs of policy and reference at 1",
-        {"logits.float().div_(temperature)": "logits.float()",
-         "ref_logits.float() / args.temperature": "ref_logits.float()"}, [],
+        {"(hidden.float()).div_(temperature)": "(hidden.float())",
+         "(ref_hidden).div_(args.temperature)": "(ref_hidden)"}, [],
     ),
     "value clipping": (
         "plain squared error",

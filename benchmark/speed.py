@@ -475,17 +475,18 @@ def decode_job(spec):
     """Time of a decode step: a long rollout less a short one, so that prefill and the capture of the graph cancel."""
     ppo, rows = load_ppo(spec), []
     torch, device = ppo.torch, spec["device"]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     policy, tokenizer = ppo.load_model(ppo.AutoModelForCausalLM, spec["policy"], "--workload")
-    policy = policy.to(device, dtype).eval()
+    policy.to(device).eval()
+    if device == "cuda":
+        ppo.to_bf16(policy)  # as the sampler is
     config, P, short = policy.config, spec["prompt_length"], min(8, spec["response_length"] // 2)
     big = torch.empty(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
     other = torch.empty_like(big)
     bandwidth = 2 * big.numel() / seconds_of(torch, lambda: other.copy_(big))  # bytes read and written, a second
     del big, other
-    head = policy.get_output_embeddings().weight
-    looked_up = sum(p.numel() for p in embeddings(torch, policy) if p is not head)  # one row a token, not the whole
-    weights = (sum(p.numel() for p in policy.parameters()) - looked_up) * policy.dtype.itemsize
+    dtype, head = next(policy.base_model.parameters()).dtype, policy.get_output_embeddings().weight
+    skip = embeddings(torch, policy) - {head}  # looked up: one row a token, not the whole
+    weights = sum(p.numel() * p.itemsize for p in policy.parameters() if p not in skip)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = config.hidden_size // config.num_attention_heads * heads
     for B in spec["batches"]:
@@ -498,7 +499,7 @@ def decode_job(spec):
 
         long = spec["response_length"]
         times = [seconds_of(torch, lambda: run(T), repeats=5) for T in (short, long)]  # noqa: B023
-        cache = 2 * config.num_hidden_layers * width * B * (P + (short + long) / 2) * policy.dtype.itemsize
+        cache = 2 * config.num_hidden_layers * width * B * (P + (short + long) / 2) * dtype.itemsize
         rows.append({"batch": B, "step_ms": 1e3 * (times[1] - times[0]) / (long - short), "floor_ms": 1e3 * (weights + cache) / bandwidth,
                      "gb": (weights + cache) / 1e9, "bandwidth": bandwidth / 1e9, "device": device})  # fmt: skip
     return rows

@@ -68,9 +68,9 @@ MUTANTS = {
     ),
     "value head starts at random": ("torch.nn.init.zeros_(value_head.weight), ", ""),
     # ---- log-probs, masks, slots ----
-    "temperature left out of the policy's log-probs": ("logits.float().div_(temperature)", "logits.float()"),
-    "temperature left out of the reference's": ("ref_logits.float() / args.temperature", "ref_logits.float()"),
-    "temperature left out of the sampler": ("(hidden).float() / temperature)", "(hidden).float())"),
+    "temperature left out of the policy's log-probs": ("(hidden.float()).div_(temperature)", "(hidden.float())"),
+    "temperature left out of the reference's": ("(ref_hidden).div_(args.temperature)", "(ref_hidden)"),
+    "temperature left out of the sampler": ("(hidden.float()) / temperature)", "(hidden.float()))"),
     "mask off by one (EOS left out)": (
         "mask = (torch.arange(T, device=device) < response_lengths[:, None])",
         "mask = (torch.arange(T, device=device) < (response_lengths[:, None] - 1).clamp(min=1))",
@@ -90,7 +90,7 @@ MUTANTS = {
     "sequences rolled by one too few": ("(prompts.shape[1] - prompt_lengths)[:, None]", "(prompts.shape[1] - prompt_lengths - 1)[:, None]"),
     "micro-batch cut to the wrong length": ("max(lengths[i] for i in chunk)", "lengths[chunk[0]]"),
     "reference not frozen": (
-        "reference = copy.deepcopy(policy).to(frozen_dtype).eval().requires_grad_(False)",
+        "reference = copy.deepcopy(policy).eval().requires_grad_(False)",
         "reference = policy",
     ),
     "dropout on": ("setattr(config, name, 0.0)", "pass"),
@@ -145,7 +145,15 @@ MUTANTS = {
         "policy, value_head, ids, starts, labels, m, args.temperature, autocast, critic=critic",
         "sampler, value_head, ids, starts, labels, m, args.temperature, autocast, critic=critic",
     ),
-    "a critic in bf16": ("copy.deepcopy(reward_models[0].base_model).to(device)", "copy.deepcopy(reward_models[0].base_model).to(device, frozen_dtype)"),
+    "a critic in bf16": ("copy.deepcopy(reward_models[0].base_model).to(device)", "copy.deepcopy(reward_models[0].base_model).to(device, torch.bfloat16)"),
+    "frequencies in bf16": ("    for parameter in model.base_model.parameters():\n        parameter.data = parameter.data.bfloat16()\n", "    model.base_model.bfloat16()\n"),
+    "logits in bf16": (
+        "    all_logprobs = policy.get_output_embeddings()(hidden.float())",
+        "    with autocast:\n        logits = policy.get_output_embeddings()(hidden)\n    all_logprobs = logits.float()",
+    ),
+    "sampler's logits in bf16": ("    if head is not None:\n", "    if head is not None and head.bfloat16() is None:\n"),
+    "a stream for every rollout": ("@functools.cache\ndef side_stream", "def side_stream"),
+    "slices of other luck": ("uniforms.split(size, dim=1)", "[uniforms[:, :size]] * len(prompts)"),
     "done asked in every step": ("        sample_next(hidden[:, 0])\n", "        sample_next(hidden[:, 0]), done.all().item()\n"),
     # ---- remedies ----
     "beta adapted the wrong way": ("beta *= 1 + min(max(error", "beta *= 1 - min(max(error"),
@@ -156,8 +164,8 @@ MUTANTS = {
     "an ensemble's spread rewarded": ("scores.mean(0) - (coef", "scores.mean(0) + (coef"),
     "length rewarded": ("- args.length_penalty * response_lengths", "+ args.length_penalty * response_lengths"),
     "whitened rewards lose their mean": ("whiten(rewards, mask, shift_mean=False)", "whiten(rewards, mask)"),
-    "demonstrations at the sampler's temperature": ("labels, m, 1.0, autocast,", "labels, m, args.temperature, autocast,"),
-    "a separate critic that is not asked": ("hidden = response_states(critic, ids,", "hidden = response_states(policy, ids,"),
+    "demonstrations at the sampler's temperature": ("(hidden.float()), labels)", "(hidden.float()) / args.temperature, labels)"),
+    "a separate critic that is not asked": ("response_states(critic, ids,", "response_states(policy, ids,"),
     "a separate critic forgotten on resume": ('critic.load_state_dict(state["critic"])', "pass"),
     "demonstrations unweighted": ("(args.ptx_coef * ptx_loss).backward()", "ptx_loss.backward()"),
 }  # fmt: skip

@@ -51,13 +51,12 @@ class FakeCuda(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.storages, self.graphs, self.caps, self.waits, self.capturing = {}, [], [], 0, False
+        self.storages, self.graphs, self.streams, self.caps, self.waits, self.capturing = {}, [], [], [], 0, False
 
     def __enter__(self):
         self.patch, autocast = pytest.MonkeyPatch(), torch.autocast
         for name, value in dict(
-            is_available=lambda: True, synchronize=lambda *_: None, Stream=Stream, current_stream=Stream,
-            stream=lambda side: contextlib.nullcontext(), CUDAGraph=RecordedGraph, graph=self.capture,
+            is_available=lambda: True, synchronize=lambda *_: None, Stream=Stream, current_stream=Stream, stream=self.on_stream, CUDAGraph=RecordedGraph, graph=self.capture,
             is_current_stream_capturing=lambda: self.capturing,
             max_memory_allocated=lambda *_: 1e9, memory_allocated=lambda *_: 1e9, reset_peak_memory_stats=lambda *_: None,
             get_device_properties=lambda *_: types.SimpleNamespace(total_memory=2**31), set_per_process_memory_fraction=self.caps.append,
@@ -66,6 +65,7 @@ class FakeCuda(TorchFunctionMode):
         # Or else a torch that was built for CUDA asks the driver more, and there may be none; one built for CPUs says None too.
         self.patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
         self.patch.setattr(torch, "autocast", lambda device_type, dtype=None, **other: autocast("cpu", dtype, **other))
+        self.patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # of the CPU's products too
         self.patch.setattr(ppo, "matmul_flops", functools.partial(ppo.matmul_flops, n=64))
         return super().__enter__()
 
@@ -73,8 +73,13 @@ class FakeCuda(TorchFunctionMode):
         super().__exit__(*error)
         self.patch.undo()
 
+    def on_stream(self, stream):
+        self.streams.append(stream)
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def capture(self, graph):
+    def capture(self, graph, stream=None):
+        assert stream is (self.streams[-1] if self.streams else None), "not on the stream of the warm-up"
         self.graphs.append(graph)
         self.capturing = True
         try:
@@ -224,6 +229,29 @@ def test_a_replayed_step_equals_the_step(cuda, family, eos_id):
             got = ppo.rollout(model, *(x.to("cuda") for x in batch), 0.7, eos_id, PAD)
             assert got[0].is_cuda and torch.equal(got[0].cpu(), responses) and torch.equal(got[1].cpu(), lengths)
     assert len(cuda.graphs) == 2 and all(graph.replays >= T - 8 for graph in cuda.graphs) and len(cuda.graphs[0].kernels) > 20
+    assert len({*cuda.streams}) == 1, "cuBLAS keeps a workspace for every stream"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_models_that_are_only_read(family, tied):
+    """bf16 weights, but the buffers and the output layer as they were; the original is left alone, tied or not. Catches RoPE's
+    frequencies in bf16, with which a long text is read by another model, and logits rounded to bf16."""
+    model = tiny_model(family, vocab_size=V, tie_word_embeddings=tied).eval()
+    model.load_state_dict({name: weight * 1.001 for name, weight in model.state_dict().items()})  # none of them exact in bf16
+    before = {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    copied = copy.deepcopy(model)
+    ppo.to_bf16(copied)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in (*model.named_parameters(), *model.named_buffers()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copied.named_buffers())
+    assert torch.equal(copied.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    assert {p.dtype for p in copied.base_model.parameters()} == {torch.bfloat16}
+    copied.load_state_dict(model.state_dict())  # as the sampler is refreshed
+    ids = torch.randint(V, (1, 12))
+    with torch.no_grad():
+        hidden = copied.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = copied.get_output_embeddings()(hidden.float())
+        expected = model(input_ids=ids).logits
+    assert 0 < (logits - expected).std() < 0.03 * expected.std()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -301,28 +329,34 @@ def test_ppo_on_the_fake_gpu(cuda, flags, monkeypatch, extras):
     if extras:
         flags.update(ptx_dataset_name=flags["dataset_name"], reward_model_path=flags["reward_model_path"] * 2)
     expected = metrics_of(ppo, flags)
-    real, models = {name: getattr(ppo, name) for name in ("forward", "rollout", "reward_fn")}, []
+    real, models, dtypes = {name: getattr(ppo, name) for name in ("forward", "rollout", "reward_fn")}, [], set()
 
     def forward(policy, value_head, *rest, **other):
         trained = [policy, value_head, *(x for x in (*rest, *other.values()) if isinstance(x, torch.nn.Module))]  # a critic?
         assert policy is models[0] and {p.dtype for model in trained for p in model.parameters()} == {torch.float32}
-        return real["forward"](policy, value_head, *rest, **other)
+        hook = policy.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: dtypes.add(logits.dtype))
+        out = real["forward"](policy, value_head, *rest, **other)
+        hook.remove()
+        return out
 
     def rollout(model, *rest):
         models.append(model)
         if len(models) > 1:  # the first is check_model's, of the policy itself
-            assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, False)}
+            assert {(p.dtype, p.requires_grad) for p in model.base_model.parameters()} == {(torch.bfloat16, False)}
+            assert {b.dtype for b in model.buffers() if b.is_floating_point()} == {torch.float32}
+            assert model.get_output_embeddings().weight.dtype == torch.float32
         if len(models) > 1 and model is models[1]:  # the sampler, not the reference
-            assert all(torch.equal(p, q.bfloat16()) for p, q in zip(model.parameters(), models[0].parameters()))
+            assert all(torch.equal(p, models[0].state_dict()[name].to(p.dtype)) for name, p in model.state_dict().items())
         return real["rollout"](model, *rest)
 
     def reward_fn(model, *rest):
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in model.base_model.parameters()} == {torch.bfloat16} and model.score.weight.dtype == torch.float32
         return real["reward_fn"](model, *rest)
 
     for function in (forward, rollout, reward_fn):
         monkeypatch.setattr(ppo, function.__name__, function)
     metrics = metrics_of(ppo, flags, cuda)
+    assert dtypes == {torch.float32}, "bf16 logits: a ratio lives on the third digit"
     assert len(models) == len(cuda.graphs) == 1 + 3 + 2 + 2  # check_model's, the updates', two looks', the end's
     assert models[0] is not models[1] and {models.index(model) for model in models} == {0, 1, len(models) - 2}
     assert metrics[0].keys() - expected[0].keys() == {"mfu"} and not expected[0].keys() - metrics[0].keys()

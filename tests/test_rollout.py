@@ -55,6 +55,17 @@ def test_sampled_tokens_are_the_inverse_cdf_of_a_plain_forward(family, temperatu
             assert below - 1e-5 <= uniforms[t, i].item() <= cdf[t, token].item() + 1e-5
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 128])
+def test_slices_change_nothing(family, size):
+    """Sampled a few rows at a time, every prompt gets the answer that it gets in the whole batch. Catches a slice with the
+    uniforms of another one, and rows that come back in another order."""
+    model, T = tiny_model(family, vocab_size=V), 11
+    ids, mask, _ = ppo.left_pad(PROMPTS, PAD, "cpu")
+    batch = ids, mask, torch.rand(T, len(PROMPTS)), 1.0, EOS, PAD
+    for sliced, whole in zip(ppo.rollout_in_slices(model, *batch, size), ppo.rollout(model, *batch)):
+        assert torch.equal(sliced, whole)
+
+
 def test_frequencies_match_the_scored_probabilities(family):
     """The distribution that is sampled is the one that is scored, though the model ships a generation config with
     top-k, top-p, a repetition penalty and a temperature. Catches a sampler that obeys any of them: log-probs in
