@@ -6,7 +6,8 @@ P(chosen is preferred) = sigmoid(score(chosen) - score(rejected)). Stage 3 train
 
     python reward_model.py         # the shipped task, on the model in runs/sft
     python reward_model.py --model_name_or_path my_sft/ \\
-        --dataset_name Anthropic/hh-rlhf --learning_rate 1e-5
+        --dataset_name Anthropic/hh-rlhf --learning_rate 1e-5 \\
+        --num_train_epochs 1 --prompt_template "{prompt}"
 
 Reads   data/preferences/{train,test}.jsonl with the columns `prompt`, `chosen` and `rejected`, or whole dialogues
         in `chosen` and `rejected` alone, as chat messages or as text.
@@ -59,7 +60,8 @@ class Args:
     """where the model, its tokenizer and metrics.jsonl go"""
     prompt_template: str = "Prompt: {prompt}\nResponse:"
     """what a string prompt is put into, the same in all three stages; a prompt that is a list of chat messages
-    goes through the tokenizer's own chat template instead"""
+    goes through the tokenizer's own chat template instead, and a whole dialogue in text as it is, for which the other
+    stages need `{prompt}`"""
     max_length: int = 512
     """tokens of prompt and answer together; pairs with a longer side are left out, and counted"""
 
@@ -148,7 +150,7 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
     if step <= warmup_steps:  # 1) linear warm-up
         return step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * progress))  # 2) cosine decay, zero after the last step
+    return 0.5 * (1 + math.cos(math.pi * progress))  # 2) cosine decay, zero at the last step
 
 
 @torch.no_grad()
@@ -233,7 +235,7 @@ def main(args):
         fail("there is no SFT model in runs/sft yet: `python sft.py` makes it (or name one: --model_name_or_path)")
     path, flag = args.model_name_or_path, "--model_name_or_path"
     sft, tokenizer = load_pretrained(AutoModelForCausalLM, path, flag)
-    sft.to(device).eval()
+    sft.eval()  # on the host until it samples (6.): while the reward model is trained, only its output layer is used
     model, _ = load_pretrained(AutoModelForSequenceClassification, path, flag, lambda config: setattr(config, "num_labels", 1),
                                new_weights=["score.weight"])  # fmt: skip
     # Stock classes read the score at the last token that is no pad. If pad is EOS they would read one token early, in silence;
@@ -243,7 +245,7 @@ def main(args):
     # that starts large saturates the sigmoid before the trunk has learnt anything.
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     model.to(device)
-    lm_head = sft.get_output_embeddings().requires_grad_(False)  # the SFT model's own, as it is
+    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # the SFT model's own, as it is
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
@@ -254,10 +256,10 @@ def main(args):
         data[split], prompts[split], left_out = [], {}, []
         for row in rows:
             # Dialogues bring their own prompt: beside chats of several turns, a text `prompt` (as in ultrafeedback_binarized)
-            # is only the first of them.
-            chats = isinstance(row["chosen"], list) and len(row["chosen"]) > 1
-            whole = "prompt" not in row or chats and isinstance(row["prompt"], str)
-            sides = [split_dialogue(side) if whole else (row["prompt"], side) for side in (row["chosen"], row["rejected"])]
+            # is only the first of them, and a list of messages that they begin with would be read twice.
+            chats, prompt = isinstance(row["chosen"], list) and len(row["chosen"]) > 1, row.get("prompt")
+            whole = prompt is None or chats and (isinstance(prompt, str) or row["chosen"][: len(prompt)] == prompt)
+            sides = [split_dialogue(side) if whole else (prompt, side) for side in (row["chosen"], row["rejected"])]
             template = "{prompt}" if whole else args.prompt_template
             if not sides[0][0] or not sides[1][0]:
                 fail(f"{args.dataset_name}, {split}: without a `prompt` column, every dialogue needs a prompt before its last "
@@ -336,16 +338,21 @@ def main(args):
         for micro_batch in micro_batches:
             b = len(micro_batch)
             ids, lengths = pair_batch(micro_batch, tokenizer.pad_token_id, device)  # [2b, L], [2b]
+            is_target = torch.arange(1, ids.shape[1], device=device) < lengths[:b, None]  # [b, L-1] chosen side only
+            targets = is_target.nonzero(as_tuple=True)  # before the forward: the host waits for their number
             with autocast:
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [2b, L, d]
                 chosen, rejected = read_scores(model, hidden, lengths).chunk(2)  # [b], [b]
-                is_target = torch.arange(1, ids.shape[1], device=device) < lengths[:b, None]  # [b, L-1] chosen side only
-                logits = lm_head(hidden[:b, :-1][is_target])  # [N, V]
-            # Bradley-Terry: only differences of scores matter, so their zero and scale are set afterwards (6.)
+            # Bradley-Terry: only differences of scores matter. What is added to all of them is left open, and set afterwards (6.)
             loss = -F.logsigmoid(chosen - rejected).mean()
-            lm_loss = F.cross_entropy(logits.float(), ids[:b, 1:][is_target], reduction="sum") / num_tokens
             center_loss = ((chosen + rejected) ** 2).mean()
-            ((loss + args.center_coef * center_loss) * b / num_pairs + args.lm_coef * lm_loss).backward()
+            total = (loss + args.center_coef * center_loss) * b / num_pairs
+            if args.lm_coef > 0:
+                with autocast:
+                    logits = lm_head(hidden[:b, :-1][targets])  # [N, V]
+                lm_loss = F.cross_entropy(logits.float(), ids[:b, 1:][targets], reduction="sum") / num_tokens
+                total = total + args.lm_coef * lm_loss
+            total.backward()
             running_loss.append(loss.detach() * b / num_pairs)
             running_accuracy.append((chosen > rejected).sum() / num_pairs)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -385,12 +392,14 @@ def main(args):
 
     signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on at once
 
-    # 6. Normalization: the SFT model's own samples get mean 0 and standard deviation 1. The loss leaves the zero and
-    # the scale of the scores open, but in stage 3 beta is a price in score per nat, and the value head starts at
-    # zero: without this, every new reward model would need a new beta (lm-human-preferences, train_reward.py:232).
-    model.eval()
+    # 6. Normalization: the SFT model's own samples get mean 0 and standard deviation 1. The loss leaves the zero of the scores
+    # open, and their scale grows with the clarity of the labels and the length of the training; but in stage 3 beta is a price
+    # in score per nat, and the value head starts at zero: without this, every new reward model would need a new beta
+    # (lm-human-preferences, train_reward.py:232).
+    model.eval(), sft.to(device)
     prompts = [list(prompt) for prompt in prompts["train"]]
-    prompts = [prompts[i % len(prompts)] for i in range(args.normalization_samples)]
+    n = args.normalization_samples
+    prompts = [prompts[i * max(len(prompts), n) // n % len(prompts)] for i in range(n)]  # from all over: data sets come in parts
     sampled = []
     for i in range(0, len(prompts), 2 * batch_size):
         chunk = prompts[i : i + 2 * batch_size]

@@ -6,7 +6,7 @@ answers, at the demonstrators' mixed quality: it is the policy's starting point 
 
     python sft.py                  # the shipped task, from scratch, no download
     python sft.py --model_name_or_path EleutherAI/pythia-410m \\
-        --dataset_name my_demos/ --learning_rate 1e-5
+        --dataset_name my_demos/ --learning_rate 1e-5 --num_train_epochs 2
 
 Reads   data/demonstrations/{train,test}.jsonl with the columns `prompt` and `completion`, or `messages`; or any Hub data set.
 Writes  runs/sft: model and tokenizer as `save_pretrained` does, metrics.jsonl, args.json, README.md (a model card), checkpoint/.
@@ -144,7 +144,7 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
     if step <= warmup_steps:  # 1) linear warm-up
         return step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * progress))  # 2) cosine decay, zero after the last step
+    return 0.5 * (1 + math.cos(math.pi * progress))  # 2) cosine decay, zero at the last step
 
 
 def model_from_scratch(args, texts):
@@ -177,10 +177,10 @@ def completion_loss(model, examples, pad_id, device):
     starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)[:, None]  # [B, 1]
     ends = torch.tensor([len(prompt) + len(completion) for prompt, completion in examples], device=device)[:, None]
     positions = torch.arange(1, ids.shape[1], device=device)  # [L-1] of the token that is predicted
-    is_target = (positions >= starts) & (positions < ends)  # [B, L-1]
+    targets = ((positions >= starts) & (positions < ends)).nonzero(as_tuple=True)  # before the forward: the host waits for N
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [B, L-1, d]
-    logits = model.get_output_embeddings()(hidden[is_target])  # [N, V]: the N completion tokens only, never [B, L, V]
-    return F.cross_entropy(logits.float(), ids[:, 1:][is_target], reduction="sum")
+    logits = model.get_output_embeddings()(hidden[targets])  # [N, V]: the N completion tokens only, never [B, L, V]
+    return F.cross_entropy(logits.float(), ids[:, 1:][targets], reduction="sum")
 
 
 @torch.no_grad()
@@ -243,6 +243,14 @@ def main(args):
     longest = max(len(prompt) for prompt, _ in data["test"])
     if longest + args.max_new_tokens > context:
         fail(f"--max_new_tokens {args.max_new_tokens}: with a prompt of {longest} tokens, more than the context of {context}")
+
+    ids = torch.tensor(data["train"][0][:1], device=device)  # [1, P]
+    with torch.no_grad():
+        stock = model(input_ids=ids).logits  # [1, P, V]
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)  # [1, P, V]
+    if not torch.allclose(stock, ours, rtol=1e-3, atol=1e-2):  # Gemma 2, Cohere, Granite: another model would be trained
+        fail(f"--model_name_or_path: the model family `{model.config.model_type}` is not supported: it scales its logits after "
+             "the output layer; name another")  # fmt: skip
 
     # 2. Optimizer and schedule
     lengths = [len(prompt) + len(completion) for prompt, completion in data["train"]]

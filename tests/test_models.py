@@ -10,6 +10,7 @@ import transformers
 from conftest import FAMILIES, read_jsonl, save, tiny_config, tiny_reward_model, tiny_tokenizer, write_jsonl
 
 import ppo_rlhf as ppo
+import sft
 
 SIZE = dict(vocab_size=258, max_position_embeddings=96, initializer_range=0.25, bos_token_id=1, eos_token_id=1, pad_token_id=0)
 SHAPE = dict(SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -86,3 +87,19 @@ def test_exact_or_refused(name, tmp_path, monkeypatch, capsys):
         u = uniforms[:n, i].double()
         assert (above - p[picked] - 1e-4 <= u).all() and (u <= above + 1e-4).all()
     assert len(read_jsonl(tmp_path / "ppo" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere"])
+def test_stage_1_refuses_what_stage_3_would(name, tmp_path, capsys):
+    """A family that scales its logits after the output layer: stage 1 says so before it trains. Catches a model that is
+    trained on other logits than its own, and refused by stage 3 alone, when two trainings are paid for."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name])
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", [{"prompt": "a", "completion": "b"}])
+    path = save(model, tiny_tokenizer(), tmp_path / "base")
+    with pytest.raises(SystemExit) as refusal:
+        sft.main(sft.Args(model_name_or_path=path, dataset_name=str(tmp_path / "data"), output_dir=str(tmp_path / "sft"), max_new_tokens=8))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert refusal.value.code == 2 and "--model_name_or_path" in line and f"`{name}` is not supported" in line
+    assert not (tmp_path / "sft").exists()

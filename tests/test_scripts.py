@@ -318,18 +318,23 @@ def folder(tmp_path):
     write("chat prompts", [{"prompt": m, "other": 1} for m in MESSAGES])
     write("whole chats", [{"messages": m + GOOD, "prompt": "the first turn, as text"} for m in MESSAGES])
     write("open chats", [{"messages": m} for m in MESSAGES])
+    write("demos of two messages", [{"prompt": m[:1], "completion": m[1:] + GOOD} for m in MESSAGES])
+    write("pairs of two messages", [{"prompt": m[:1], "chosen": m[1:] + GOOD, "rejected": m[1:] + BAD} for m in MESSAGES])
+    write("chats beside messages", [{"prompt": m, "chosen": m + GOOD, "rejected": m + BAD} for m in MESSAGES])
     write("chats beside a text", [{"prompt": "the first turn", "chosen": m + GOOD, "rejected": m + BAD} for m in MESSAGES])
     return tmp_path
 
 
 @pytest.mark.parametrize("stage, name", [
-    (sft, "chat demos"), (sft, "whole chats"), (reward_model, "chat pairs"), (reward_model, "chats beside a text"),
+    (sft, "chat demos"), (sft, "whole chats"), (sft, "demos of two messages"), (reward_model, "chat pairs"),
+    (reward_model, "chats beside a text"), (reward_model, "chats beside messages"), (reward_model, "pairs of two messages"),
     (ppo_rlhf, "chat prompts"), (ppo_rlhf, "whole chats"), (ppo_rlhf, "open chats"),
 ])  # fmt: skip
 def test_chat_messages_go_through_the_chat_template(stage, name, folder, monkeypatch):
     """Prompts as lists of messages, or whole chats in `messages`, in every stage: what is trained and sampled is the
     tokenizer's chat template with the assistant's turn opened, and not --prompt_template. Catches a stage that prefers
-    the text in `prompt`, so that the stages would train on two formats, and an answer that stays in PPO's prompt."""
+    the text in `prompt`, so that the stages would train on two formats, an answer that stays in PPO's prompt, and messages
+    before the last one of an answer that are lost."""
     seen = []
     real = stage.encode
     monkeypatch.setattr(stage, "encode", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
@@ -420,6 +425,23 @@ def test_normalization_samples_the_training_prompts(folder, monkeypatch):
     assert sorted(texts) == sorted(2 * [f"Prompt: {p}\nResponse:" for p in PROMPTS])
     config = transformers.AutoConfig.from_pretrained(folder / "out" / "reward_model")
     assert math.isfinite(config.reward_mean) and config.reward_std > 0
+    seen.clear()
+    reward_model.main(reward_model.Args(**arguments(reward_model, folder, dataset_name=folder / "same", normalization_samples=3)))
+    assert [tiny_tokenizer().decode(prompt) for prompt in seen] == [f"Prompt: {p}\nResponse:" for p in PROMPTS[::2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_a_reward_of_ones_own(dtype, folder, monkeypatch):
+    """`reward_fn` may return integers, as a rule does, or float64, as NumPy does."""
+    monkeypatch.setattr(ppo_rlhf, "reward_fn", lambda model, tokenizer, ids, starts, lengths: torch.ones(len(ids), dtype=dtype))
+    ppo_rlhf.main(ppo_rlhf.Args(**arguments(ppo_rlhf, folder, missing_eos_penalty=0)))
+    assert [row["objective/scores"] for row in read_jsonl(folder / "out/ppo_rlhf/metrics.jsonl")] == [1, 1]
+
+
+def test_the_first_update_is_logged(folder):
+    """Whatever --logging_steps says: the last table and the model card say how it began."""
+    ppo_rlhf.main(ppo_rlhf.Args(**arguments(ppo_rlhf, folder, logging_steps=100, total_episodes=12)))
+    assert [row["update"] for row in read_jsonl(folder / "out/ppo_rlhf/metrics.jsonl")] == [1, 3]
 
 
 def test_what_replaces_texts_finds_each_of_them(monkeypatch):
