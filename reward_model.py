@@ -416,7 +416,7 @@ def main(args):
     tokenizer.save_pretrained(output_dir)
     metrics_file.close()
     evaluations = [row for row in map(json.loads, open(output_dir / "metrics.jsonl")) if "eval/accuracy" in row]
-    accuracy = f"{evaluations[0]['eval/accuracy']:.3f} -> {evaluations[-1]['eval/accuracy']:.3f}"
+    accuracy = " -> ".join(dict.fromkeys(f"{row['eval/accuracy']:.3f}" for row in (evaluations[0], evaluations[-1])))
     write_card(args, "AutoModelForSequenceClassification", {
         "SFT model": args.model_name_or_path, "pairs": args.dataset_name, "optimizer steps": total_steps,
         "held-out accuracy": accuracy, "calibration error": f"{evaluations[-1]['eval/calibration_error']:.3f}",

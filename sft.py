@@ -360,7 +360,7 @@ def main(args):
     tokenizer.save_pretrained(output_dir)
     metrics_file.close()
     evaluations = [row for row in map(json.loads, open(output_dir / "metrics.jsonl")) if "loss/test" in row]
-    held_out = f"{evaluations[0]['loss/test']:.3f} -> {evaluations[-1]['loss/test']:.3f} nats a token"
+    held_out = " -> ".join(dict.fromkeys(f"{row['loss/test']:.3f}" for row in (evaluations[0], evaluations[-1]))) + " nats a token"
     write_card(args, "AutoModelForCausalLM", {"base model": args.model_name_or_path, "demonstrations": args.dataset_name,
                                               "optimizer steps": total_steps, "held-out loss": held_out})  # fmt: skip
     if args.track:

@@ -122,7 +122,7 @@ def draw(rows, title, price, path):
     tip = max(-reach, min(score, reach))
     name = r"$-\beta\,(\log\pi - \log\pi_{ref})$" if charged else rf"not charged: $-{price:g}\,(\log\pi - \log\pi_{{ref}})$"
     penalty = a.bar(x, kl, label=name, facecolor=ORANGE if charged else "none", edgecolor=ORANGE)
-    bar = a.bar(x[-1:], [tip], color=BLUE, label="score, on the last token")
+    bar = a.bar(x[-1:], [tip], width=0.4, color=BLUE, label="score, on the last token")
     a.annotate(f"{score:+.2f}" + " (bar cut)" * (tip != score), (x[-1], 0.88 * tip), (-9, 0), textcoords="offset points",
                ha="right", va="center", color=BLUE)  # fmt: skip
     a.set_ylim(-reach, reach)

@@ -227,7 +227,8 @@ def draw_over_kl(runs, best, fits, path):
     for axis in axes[1]:
         axis.set_xscale("log", nonpositive="mask"), axis.set_xlim(left=0.05), axis.xaxis.set_major_formatter("{x:g}")
     axes[1, 0].set_ylim(mean_best[0]["gold"] - 0.3, peak(tops)["gold"] + 0.4)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=5, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=5, frameon=False,
+                  title="thick: mean over seeds; thin: each seed", alignment="left")
     figure.savefig(path, dpi=105)
     plt.close(figure)
 
@@ -238,7 +239,8 @@ def draw_over_episodes(runs, path):
         draw_paths(axis, runs, key, lambda row: row["episode"])
         axis.set_xlabel("episodes")
     axes[2].set_yscale("log", nonpositive="mask"), axes[2].yaxis.set_major_formatter("{x:g}")  # update 0 has none
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=9, frameon=False, columnspacing=1.2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=9, frameon=False, columnspacing=1.2,
+                  title="thick: mean over seeds; thin: each seed", alignment="left")
     figure.savefig(path, dpi=105)
     plt.close(figure)
 

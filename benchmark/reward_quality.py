@@ -142,7 +142,7 @@ def draw_sizes(axis, rows, ceiling):
     axis.set_xscale("log")
     axis.set_xticks([*groups], [f"{pairs:,}" for pairs in groups], rotation=45)
     axis.minorticks_off()
-    axis.set_title("(a) accuracy and rank correlation", loc="left")
+    axis.set_title("(a) accuracy, correlation (dots: seeds)", loc="left")
     axis.set_xlabel("training pairs"), axis.set_ylabel("share of held-out pairs; correlation")
     axis.legend(frameon=False)
 
