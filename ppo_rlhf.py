@@ -299,9 +299,12 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
     decoded until the last one is done), keep its state in tensors that it changes in place, and never ask the
     host anything. On a CPU the same step simply runs."""
     (B, P), T, device = prompts.shape, len(uniforms), prompts.device
-    cache = StaticCache(config=model.config, max_cache_len=P + T)  # keys and values, [B, heads, P+T, d_head] a layer
-    slots = torch.arange(P + T, device=device)  # [P+T]
-    readable = F.pad(prompt_mask.bool(), (0, T), value=True)[:, None, None]  # [B, 1, 1, P+T]: all but the left pads
+    S = math.ceil((P + T) / 8) * 8  # slots; a kernel would copy a mask whose rows do not begin at multiples of 8, in each layer
+    cache = StaticCache(config=model.config, max_cache_len=S)  # keys and values, [B, heads, S, d_head] a layer
+    slots = torch.arange(S, device=device)  # [S]
+    real = F.pad(prompt_mask.bool(), (0, S - P))[:, None, None]  # [B, 1, 1, S]: the prompts' tokens
+    # Added to attention scores: 0 on slots that are read. (A boolean mask would be turned into this in each layer; GPT-J adds it.)
+    mask = torch.where(real, 0.0, -math.inf).to(model.base_model.dtype)  # [B, 1, 1, S]
     responses = torch.full((B, T), pad_id, device=device)  # [B, T]
     lengths = torch.zeros(B, dtype=torch.long, device=device)  # [B]
     done = torch.zeros(B, dtype=torch.bool, device=device)  # [B]
@@ -312,9 +315,12 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
     def sample_next(hidden):  # [B, d]
         # Plain sampling by inverse CDF: the first token whose cumulative probability exceeds u. No top-k, no top-p, no
         # penalties: the log-probs in the loss are of this distribution and no other, or the ratio is meaningless.
-        cdf = (model.get_output_embeddings()(hidden.float()) / temperature).softmax(-1).cumsum(-1)  # [B, V]
+        p = (model.get_output_embeddings()(hidden.float()) / temperature).softmax(-1)  # [B, V]
+        # CUDA sums a row up in one block, however long it is: give it many short rows, then add what stands before each.
+        parts = F.pad(p, (0, -p.shape[1] % 256)).unflatten(1, (-1, 256)).cumsum(-1)  # [B, V/256, 256]
+        cdf = (parts + F.pad(parts[:, :-1, -1].cumsum(-1), (1, 0))[..., None]).flatten(1)  # [B, V rounded up]
         u = uniforms.index_select(0, step).T * cdf[:, -1:]  # [B, 1]; the last entry is 1 up to rounding
-        token.copy_(torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1))
+        token.copy_(torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[1] - 1))
         token.masked_fill_(done[:, None], pad_id)
         responses.index_copy_(1, step, token)
         lengths.add_(~done)
@@ -322,7 +328,7 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
         step.add_(1)
 
     def decode_step():
-        mask = readable & (slots < P + step)  # [B, 1, 1, P+T]: what has been written so far
+        mask.index_fill_(3, P - 1 + step, 0.0)  # the slot that the newest token is written into
         hidden = model.base_model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache,
                                   use_cache=True).last_hidden_state  # [B, 1, d]  # fmt: skip
         position.add_(1)
@@ -331,9 +337,10 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, eos_id, pad_id):
     # Prefill: all prompt tokens in one forward. Positions count real tokens only (left pads would shift them, and
     # the same prompt would get another answer in another batch); pads attend to themselves, as a softmax over
     # nothing is NaN.
-    mask = (readable & (slots <= slots[:P, None])) | (slots == slots[:P, None])  # [B, 1, P, P+T]
-    hidden = model.base_model(input_ids=prompts, attention_mask=mask, position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
-                              past_key_values=cache, use_cache=True).last_hidden_state  # [B, P, d]  # fmt: skip
+    read = (real & (slots <= slots[:P, None])) | (slots == slots[:P, None])  # [B, 1, P, S]
+    hidden = model.base_model(input_ids=prompts, attention_mask=torch.where(read, 0.0, -math.inf).to(mask.dtype),
+                              position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache,
+                              use_cache=True).last_hidden_state  # [B, P, d]  # fmt: skip
     sample_next(hidden[:, -1])
 
     run_step, first = decode_step, 1
@@ -491,8 +498,8 @@ def to_bf16(model):
 def check_model(model, prompts, T, pad_id, flag):
     """Compare sampler and scorer with the model's own forward on single rows; the run ends here if they differ.
 
-    Some families scale their logits after the output layer (Gemma 2, Cohere, Granite), some do not obey a boolean mask
-    or a cache of full length (GPT-J, GPT-Neo, sliding windows). Nothing would crash: another policy would learn."""
+    Some families scale their logits after the output layer (Gemma 2, Cohere, Granite), some do not obey the mask of a cache
+    of full length (GPT-Neo, sliding windows). Nothing would crash: another policy would learn."""
     device, family = prompts[0].device, f"{flag}: the model family `{model.config.model_type}` is not supported"
     ids, mask, lengths = left_pad([prompt.tolist() for prompt in prompts], pad_id, device)  # [B, P], [B, P], [B]
     uniforms, worst = torch.rand(T, len(prompts), device=device), 0.0
@@ -537,7 +544,10 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-    tolerance = 0.1 if device.type == "cuda" else 1e-4  # nats a token, for what must be 0: bf16 rounds, fp32 hardly
+    if device.type == "cuda":  # cuDNN's attention makes a plan, 30 ms and more, for every new shape, and every micro-batch has one
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    # Nats a token, for what must be 0: bf16 rounds, fp32 hardly; and logits are divided by the temperature.
+    tolerance = (0.1 if device.type == "cuda" else 1e-4) / min(args.temperature, 1)
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         # glibc gives the memory of large tensors back at once, and the kernel hands it out again page by page, zeroed: at
         # GPT-2's size a fifth of an update. So M_MMAP_MAX (-4) is 0, and nothing is trimmed (M_TRIM_THRESHOLD, -1): freed is kept.
@@ -621,8 +631,10 @@ def main(args):
     by_length = sorted((ids for _, ids in data["train"]), key=len)
     extremes = [torch.tensor(by_length[i], device=device) for i in (0, -1)]  # ragged: padding is what goes wrong
     check_model(policy.eval(), extremes, T, pad_id, f"--sft_model_path {args.sft_model_path}")
-    if device.type == "cuda":  # the output layer's products, which are in fp32, at half of bf16's speed, not at a tenth
-        torch.set_float32_matmul_precision("high")  # TF32: three digits go in, as in bf16, but seven come out
+    # The output layer's products are fp32. By TF32 they take twice bf16's time, not ten times: three digits go in, seven come out.
+    # Older versions of transformers make RoPE's angles by such a product too, and would read long texts wrongly.
+    if device.type == "cuda" and tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
+        torch.set_float32_matmul_precision("high")
 
     first_update, seconds, beta = 1, 0.0, args.beta
     scales = [(model.config.reward_mean, model.config.reward_std) for model in reward_models]
@@ -680,7 +692,8 @@ def main(args):
         ended = responses.gather(1, response_lengths[:, None] - 1)[:, 0] == eos_id  # [B]
         sequences = roll_left(prompts, responses, prompt_lengths)  # [B, P+T]
         lengths = prompt_lengths + response_lengths  # [B]
-        # The host learns the lengths once, to cut micro-batches to their longest row. No micro-batch asks the device again.
+        # The host learns the lengths once, to cut micro-batches to their longest row. In a micro-batch nothing of ours asks the
+        # device again. (transformers does, in each forward without a mask: whether several texts are packed into a row.)
         host_lengths = (lengths.tolist(), response_lengths.tolist())
         micro_size = args.per_device_train_batch_size
         clock.append(now(device))

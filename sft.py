@@ -206,6 +206,8 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 matrix products on CUDA with fp32 weights and optimizer: pure bf16 weights would round small steps away
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type == "cuda":  # cuDNN's attention makes a plan, 30 ms and more, for every new shape, and every micro-batch has one
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(args.seed)
 
     # 1. Data and model

@@ -108,8 +108,11 @@ MUTANTS = {
         "position = prompt_mask.sum(1, keepdim=True)",
         "position = torch.full((B, 1), P, device=device)",
     ),
-    "left pads are read": ("mask = readable & (slots < P + step)", "mask = (readable | True) & (slots < P + step)"),
-    "newest token is not read": ("mask = readable & (slots < P + step)", "mask = readable & (slots < P + step - 1)"),
+    "left pads are read": ("mask = torch.where(real, 0.0, -math.inf)", "mask = torch.where(slots < P, 0.0, -math.inf).expand(B, 1, 1, S)"),
+    "newest token is not read": ("mask.index_fill_(3, P - 1 + step, 0.0)", "mask.index_fill_(3, P - 2 + step, 0.0)"),
+    "a slot too many is read": ("mask.index_fill_(3, P - 1 + step, 0.0)", "mask.index_fill_(3, P + step, 0.0)"),
+    "parts of the cdf not added up": ("parts[:, :-1, -1].cumsum(-1)", "parts[:, :-1, -1]"),
+    "tokens beyond the vocabulary": (".clamp(max=p.shape[1] - 1)", ""),
     "done rows go on sampling": ("        token.masked_fill_(done[:, None], pad_id)\n", ""),
     "length without EOS": (
         "        lengths.add_(~done)\n        done.logical_or_(token[:, 0] == eos_id)\n",
@@ -140,7 +143,7 @@ MUTANTS = {
     "sampler forgotten on resume": ('        sampler.load_state_dict(state["policy"])\n', ""),
     "uniforms made on the host": ("uniforms = torch.rand(T, B, device=device)", "uniforms = torch.rand(T, B)"),
     "statistics left on the host": ("stats = torch.zeros(len(minibatches), 10, device=device)", "stats = torch.zeros(len(minibatches), 10)"),
-    "slots made on the host": ("slots = torch.arange(P + T, device=device)", "slots = torch.arange(P + T)"),
+    "slots made on the host": ("slots = torch.arange(S, device=device)", "slots = torch.arange(S)"),
     "old log-probs by the sampler": (
         "policy, value_head, ids, starts, labels, m, args.temperature, autocast, critic=critic",
         "sampler, value_head, ids, starts, labels, m, args.temperature, autocast, critic=critic",

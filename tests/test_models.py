@@ -1,6 +1,6 @@
 """Model families: each is sampled and scored exactly as its own stock forward says, or refused before training.
 
-Some families scale or cap their logits after the output layer, some ignore a boolean attention mask or a static cache.
+Some families scale or cap their logits after the output layer, some ignore the mask of a static cache.
 For none of them does anything crash: the policy that is trained is silently not the model that is saved.
 """
 
@@ -34,7 +34,7 @@ MODELS = {
     "mpt": transformers.MptConfig(vocab_size=258, d_model=32, n_layers=2, n_heads=4, max_seq_len=96, initializer_range=0.25),
     "bloom": transformers.BloomConfig(vocab_size=258, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.25),
 }
-MUST_WORK = {*FAMILIES, "opt", "phi", "falcon", "smollm3", "stablelm"}
+MUST_WORK = {*FAMILIES, "opt", "phi", "falcon", "smollm3", "stablelm", "gpt-j", "mpt"}
 T = 12
 
 
@@ -43,8 +43,8 @@ def test_exact_or_refused(name, tmp_path, monkeypatch, capsys):
     """One update of main() on ragged prompts. What was sampled is the inverse CDF of the stock forward of each row
     alone, and what was scored is that forward's log-prob; or main() has ended with status 2, one line that names the
     family, and nothing written. Catches logits that are
-    scaled after the output layer (Granite, Cohere, Gemma), attention that adds a boolean mask to its scores instead
-    of obeying it (GPT-J, GPT-Neo, MPT), windows shorter than the cache."""
+    scaled after the output layer (Granite, Cohere, Gemma), attention that adds its mask to its scores instead of obeying it
+    (GPT-J, MPT, which a boolean mask would mislead), windows shorter than the cache (GPT-Neo)."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name]).eval()
     tokenizer = tiny_tokenizer()

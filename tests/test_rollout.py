@@ -33,11 +33,12 @@ def test_greedy_sampling_equals_generate(family):
     assert len({tuple(row) for row in responses.tolist()}) > 3, "the model ignores its prompt: the test shows nothing"
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_sampled_tokens_are_the_inverse_cdf_of_a_plain_forward(family, temperature):
+@pytest.mark.parametrize("temperature, V", [(0.7, 24), (1.3, 24), (1.3, 600)])
+def test_sampled_tokens_are_the_inverse_cdf_of_a_plain_forward(family, temperature, V):
     """Every token is the one that its uniform picks from softmax(logits / temperature) of an unpadded, uncached
     forward of its row alone. Catches, beyond position ids and masks: a temperature left out or inverted, a uniform of
-    another row or step, ranks instead of ids. The logits that the sampler saw are compared too, to 1e-5."""
+    another row or step, ranks instead of ids, a vocabulary that is added up in parts, wrongly. The logits that the sampler
+    saw are compared too, to 1e-5."""
     model, T = tiny_model(family, vocab_size=V), 11
     uniforms = torch.rand(T, len(PROMPTS))
     seen = []
@@ -53,6 +54,13 @@ def test_sampled_tokens_are_the_inverse_cdf_of_a_plain_forward(family, temperatu
         for t, token in enumerate(answer):
             below = cdf[t, token - 1].item() if token else 0.0
             assert below - 1e-5 <= uniforms[t, i].item() <= cdf[t, token].item() + 1e-5
+
+
+@pytest.mark.parametrize("V", [24, 256, 600])
+def test_a_uniform_that_rounding_makes_one(V):
+    """It picks the last token. Catches an id beyond the vocabulary, which ends in an index error of the next step."""
+    responses, _ = sample(tiny_model("gpt2", vocab_size=V), PROMPTS, torch.ones(3, len(PROMPTS)), eos_id=NEVER)
+    assert (responses == V - 1).all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 128])
