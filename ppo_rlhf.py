@@ -368,12 +368,13 @@ def rollout_in_slices(model, prompts, prompt_mask, uniforms, temperature, eos_id
     return torch.cat(responses), torch.cat(lengths)  # [B, T], [B]
 
 
-def response_states(model, ids, prompt_lengths, T):
+def response_states(model, ids, prompt_lengths, T, autocast=contextlib.nullcontext()):
     """Hidden states that predict response tokens 1 ... T: right-padded ids [b, L], prompt_lengths [b] -> [b, T, d].
 
     The output layer is then applied to these alone. Logits of whole sequences, [b, L, V], would be by far the
     largest tensor of the run (5.5 GB for 16 x 565 tokens and a vocabulary of 152k, and as much for log-probs and gradient)."""
-    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # [b, L-1, d]: the last predicts none
+    with autocast:
+        hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # [b, L-1, d]: the last predicts none
     slots = prompt_lengths[:, None] - 1 + torch.arange(T, device=ids.device)  # [b, T]: the position before each token
     slots = slots.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])  # [b, T, d]
     return hidden.gather(1, slots)
@@ -426,9 +427,9 @@ def forward(policy, value_head, ids, prompt_lengths, labels, mask, temperature, 
     ids [b, L], prompt_lengths [b], labels and mask [b, T]. Without a critic of its own, one forward of one trunk serves both
     heads. The same function gives the old log-probs and the new ones: then the ratio of an unchanged policy is 1,
     whatever the sampler's kernels round differently."""
-    with autocast:
-        hidden = response_states(policy, ids, prompt_lengths, labels.shape[1])  # [b, T, d]
-        value_hidden = hidden if critic is None else response_states(critic, ids, prompt_lengths, labels.shape[1])  # [b, T, d]
+    T = labels.shape[1]
+    hidden = response_states(policy, ids, prompt_lengths, T, autocast)  # [b, T, d]
+    value_hidden = hidden if critic is None else response_states(critic, ids, prompt_lengths, T, autocast)  # [b, T, d]
     # Both heads outside autocast: bf16 has 3 digits, returns need more, and a ratio lives on the third digit of a logit. The
     # distribution that was sampled is the one that is scored. Few tensors of this size, the largest of the run: divided in
     # place, and one log-softmax for both figures.
@@ -768,8 +769,7 @@ def main(args):
                 num_tokens = sum(len(response) for _, response in picked)
                 for i in range(0, len(picked), micro_size):
                     ids, starts, labels, m = lay_out(picked[i : i + micro_size], pad_id, device)
-                    with autocast:
-                        hidden = response_states(policy, ids, starts, labels.shape[1])  # [b, t, d]
+                    hidden = response_states(policy, ids, starts, labels.shape[1], autocast)  # [b, t, d]
                     new_logprobs = logprobs(policy.get_output_embeddings()(hidden.float()), labels)  # [b, t]
                     ptx_loss = -(new_logprobs * m).sum() / num_tokens
                     (args.ptx_coef * ptx_loss).backward()
