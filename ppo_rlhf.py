@@ -267,7 +267,8 @@ def sample(model, tokenizer, rows, args, end_ids):
 def micro_batches(batch, indices, size):
     """Rows `indices` of a batch, `size` at a time and sorted by length, so that little padding is left.
     Yields indices [b], ids [b, L], starts of the responses [b], labels [b, T], and T, that of the longest."""
-    for mb in indices[batch.lengths[indices].argsort(stable=True)].split(size):
+    order = batch.lengths[indices].argsort(stable=True).cpu()
+    for mb in indices[order].split(size):
         L = batch.lengths[mb].max()
         T = batch.response_lengths[mb].max()
         ids = batch.sequences[mb, :L]
@@ -371,14 +372,14 @@ def main(args):
             prompt = read_chat(row, "prompt")
             if "prompt" not in row and prompt[-1]["role"] == "assistant":
                 prompt = prompt[:-1]
-            if prompt[-1]["role"] not in ("user", "tool"):
+            if not prompt or prompt[-1]["role"] not in ("user", "tool"):
                 fail(f"{row['where']}: the prompt must end with a message of the user")
             row.setdefault("prompt", prompt)
             row["prompt_ids"] = render(tokenizer, row, prompt, add_generation_prompt=True)
             if render(reward_tokenizer, row, prompt, add_generation_prompt=True) != row["prompt_ids"]:
                 fail(f"{row['where']}: the reward model's tokenizer or chat template is another one")
         data.append([row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length])
-        print(f"{split}: {len(data[-1])} of {len(rows)} prompts, the others exceed --max_prompt_length")
+        print(f"{split}: {len(data[-1])} of {len(rows)} prompts are within --max_prompt_length")
     train, test = data
     check_model(policy, tokenizer, [row["prompt_ids"] for row in train + test], T)
     # ---- what is trained, and the frozen reference ----
@@ -402,7 +403,8 @@ def main(args):
         for module in trained.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        policy.gradient_checkpointing_enable()
+            if module in (policy, critic):
+                module.gradient_checkpointing_enable()
     reference = copy.deepcopy(policy).requires_grad_(False)
     # eps 1e-5 as in lm-human-preferences: more than torch's 1e-8, it damps the first, badly estimated steps
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
@@ -631,7 +633,7 @@ def load_rows(name, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: `column` after `prompt`, or a dialogue in it, in `messages` or hh-rlhf's `chosen`."""
+    """Messages of a row: `column` after `prompt`, or a dialogue in it, `messages` or hh-rlhf's `chosen`."""
     name = next((name for name in (column, "messages", "chosen") if name in row), column)
     chat = row.get(name)
     if isinstance(chat, str) and chat:
@@ -641,7 +643,7 @@ def read_chat(row, column):  # [shared]
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not chat or not all(isinstance(message.get("content"), str) for message in chat):
         fail(f"{row['where']}: {name} must be text or messages with role and content; it has {[*row]}")
-    if name != "prompt" and chat[0]["role"] == "assistant":
+    if name != "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
 
@@ -678,7 +680,7 @@ def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
 
 
 @torch.no_grad()
-def check_model(model, tokenizer, rows, extra):  # [shared]
+def check_model(model, tokenizer, rows, extra=0):  # [shared]
     """Refuse too short a context, and a family whose logits are not output_layer(backbone), as Gemma 2."""
     pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
     pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")

@@ -108,11 +108,12 @@ def evaluate(model, pairs, size, device):
     for i in range(0, len(pairs), size):
         chosen, rejected, _, _ = pair_scores(model, pairs[i : i + size], device)
         margins.append(chosen - rejected)
-    margin = torch.cat(margins).cpu()  # [N]
+    margin = torch.cat(margins)  # [N]
     right = (margin > 0).float()  # [N]
     confidence = torch.sigmoid(margin.abs())  # [N] in 0.5 ... 1
     bins = ((confidence - 0.5) * 20).long().clamp(max=9)  # [N]
-    gaps = [(right[bins == b].sum() - confidence[bins == b].sum()).abs() for b in range(10)]
+    gaps = right - confidence  # [N]
+    gaps = [gaps[bins == b].sum().abs() for b in range(10)]
     return {
         "eval/loss": -F.logsigmoid(margin).mean(),
         "eval/accuracy": right.mean(),
@@ -131,13 +132,16 @@ def main(args):
     # 1. Model: the SFT model's backbone with a new scalar head
     sft, tokenizer = load_pretrained(AutoModelForCausalLM, args.model_name_or_path)
     end_ids = find_end_ids(sft, tokenizer)
-    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # the SFT model's own, frozen
     of_head = {name for name, _ in sft.named_parameters() if not name.startswith(sft.base_model_prefix)}
-    new = {"score.weight", "lm_head.weight", "embed_out.weight", *of_head}
+    new = {
+        "score.weight",
+        "lm_head.weight",
+        *of_head,
+    }
     auto_class = AutoModelForSequenceClassification
     model, _ = load_pretrained(auto_class, args.model_name_or_path, new, num_labels=1)
-    # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252): large
-    # ones would saturate the sigmoid before the backbone has learned anything.
+    # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252);
+    # large ones would saturate the sigmoid before the backbone has learned anything.
     width = model.score.in_features
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
 
@@ -154,10 +158,11 @@ def main(args):
             comparable = prompt == other_prompt and response != other_response
             if comparable and max(len(chosen), len(rejected)) <= args.max_length:
                 pairs.append((chosen, rejected))
-        print(f"{name}: {len(pairs)} of {len(rows)} pairs; the others are too long or differ in the prompt")
+        print(f"{name}: {len(pairs)} of {len(rows)} pairs are within --max_length, with one prompt")
         data.append(pairs)
     train, test = data
-    check_model(sft, tokenizer, [side for pair in train + test for side in pair], 0)
+    check_model(sft, tokenizer, [side for pair in train + test for side in pair])
+    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # frozen
     # The stock class reads the score at the last token that is not a pad, so the pad must not be an end
     model.config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.pad_token_id in end_ids:
@@ -172,7 +177,8 @@ def main(args):
     num_epochs = args.num_train_epochs or (2 if small else 1)
     size = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
-    total_steps = args.max_steps or math.ceil(num_epochs * math.ceil(len(train) / size) / accumulation)
+    num_batches = num_epochs * math.ceil(len(train) / size)
+    total_steps = args.max_steps or math.ceil(num_batches / accumulation)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in train]
     batches = shuffled_batches(lengths, size, total_steps * accumulation, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -204,11 +210,11 @@ def main(args):
         step_loss = 0.0
         step_accuracy = 0.0
         for micro_batch in micro_batches:
-            chosen, rejected, ids, hidden = pair_scores(
-                model, micro_batch, device
-            )  # [b], [b], [2b, L], [2b, L, d]
+            # [b], [b], [2b, L], [2b, L, d]
+            chosen, rejected, ids, hidden = pair_scores(model, micro_batch, device)
             # Bradley-Terry: only differences of scores matter. ppo_rlhf.py normalizes what is left open.
-            loss = -F.logsigmoid(chosen - rejected).sum() / num_pairs
+            margin = chosen - rejected  # [b]
+            loss = -F.logsigmoid(margin).sum() / num_pairs
             center_loss = ((chosen + rejected) ** 2).sum() / num_pairs
             total = loss + args.center_coef * center_loss
             if args.lm_coef > 0:  # next-token prediction on prompt and response of the chosen side
@@ -216,12 +222,13 @@ def main(args):
                 ends = torch.tensor([len(side) for side, _ in micro_batch], device=device)  # [b]
                 positions = torch.arange(1, ids.shape[1], device=device)  # [L-1]
                 real = positions < ends[:, None]  # [b, L-1]
-                logits = lm_head(hidden[:b, :-1][real])  # [N, V]
-                lm_loss = F.cross_entropy(logits, ids[:b, 1:][real], reduction="sum") / num_tokens
-                total = total + args.lm_coef * lm_loss
+                predicting = hidden[:b, :-1][real]  # [N, d]
+                logits = lm_head(predicting)  # [N, V]
+                lm_loss = F.cross_entropy(logits, ids[:b, 1:][real], reduction="sum")
+                total = total + args.lm_coef * lm_loss / num_tokens
             total.backward()
             step_loss += loss.detach()
-            step_accuracy += (chosen > rejected).sum() / num_pairs
+            step_accuracy += (margin > 0).sum() / num_pairs
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         if not grad_norm.isfinite():
             fail(f"step {step}: loss not finite; the checkpoint is valid: fix this, then --resume")
@@ -240,10 +247,9 @@ def main(args):
             metrics |= evaluate(model, test, size, device)
             accuracy = metrics["eval/accuracy"]
             loss = metrics["eval/loss"]
-            tqdm.write(
-                f"step {step}: held-out accuracy {accuracy:.3f}, loss {loss:.3f}, ECE {metrics['eval/ece']:.3f}"
-            )
-        logs[0].write(json.dumps(metrics, default=float) + "\n")
+            tqdm.write(f"step {step}: held-out accuracy {accuracy:.3f}, loss {loss:.3f}")
+        line = json.dumps(metrics, default=float)
+        logs[0].write(line + "\n")
         if args.track:
             wandb.log(metrics, step=step)
         if step % args.save_steps == 0 or step == total_steps:
@@ -274,7 +280,7 @@ def load_rows(name, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: `column` after `prompt`, or a dialogue in it, in `messages` or hh-rlhf's `chosen`."""
+    """Messages of a row: `column` after `prompt`, or a dialogue in it, `messages` or hh-rlhf's `chosen`."""
     name = next((name for name in (column, "messages", "chosen") if name in row), column)
     chat = row.get(name)
     if isinstance(chat, str) and chat:
@@ -284,7 +290,7 @@ def read_chat(row, column):  # [shared]
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not chat or not all(isinstance(message.get("content"), str) for message in chat):
         fail(f"{row['where']}: {name} must be text or messages with role and content; it has {[*row]}")
-    if name != "prompt" and chat[0]["role"] == "assistant":
+    if name != "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
 
@@ -295,10 +301,11 @@ def render(tokenizer, row, messages, **options):  # [shared]
 
 
 def encode(tokenizer, end_ids, row, column):  # [shared]
-    """(ids of the prompt as the policy will see it, ids that its chat template adds for the response) of a row."""
+    """Ids of the prompt as the policy will see it, and those that the chat template adds for the response."""
     chat = read_chat(row, column)
-    if chat[-1]["role"] != "assistant" or chat[-2]["role"] not in ("user", "tool"):
-        fail(f"{row['where']}: it must end with a message of the user and the assistant's response")
+    roles = [message["role"] for message in chat[-2:]]
+    if roles not in (["user", "assistant"], ["tool", "assistant"]):
+        fail(f"{row['where']}: it must end with messages of the user and the assistant, not {roles}")
     prompt_ids = render(tokenizer, row, chat[:-1], add_generation_prompt=True)
     ids = render(tokenizer, row, chat)
     same = len(os.path.commonprefix([prompt_ids, ids]))
@@ -337,7 +344,7 @@ def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
 
 
 @torch.no_grad()
-def check_model(model, tokenizer, rows, extra):  # [shared]
+def check_model(model, tokenizer, rows, extra=0):  # [shared]
     """Refuse too short a context, and a family whose logits are not output_layer(backbone), as Gemma 2."""
     pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
     pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")

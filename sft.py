@@ -1,9 +1,7 @@
 """Stage 1 of RLHF: supervised fine-tuning (SFT). The shipped task, from scratch: python sft.py
 
 A base model continues text; it does not respond to a prompt. It learns to from demonstrations, pairs of a
-prompt and the completion that a human wrote, by predicting the completion's tokens (Ouyang et al. 2022). The
-result is the demonstrators' average. Stage 3 starts from it, and its KL penalty keeps the policy near.
-"""
+prompt and a completion by a human, by predicting the completion's tokens. Stage 3 starts from the result."""
 
 import json
 import math
@@ -57,7 +55,7 @@ class Args:
 
 
 def completion_loss(model, examples, device):
-    """Summed negative log-likelihood of the completions' tokens, EOS included; prompts are written by the user."""
+    """Summed negative log-likelihood of the completions' tokens, EOS included; the user writes prompts."""
     rows = [torch.tensor(prompt + completion) for prompt, completion in examples]
     labels = pad_sequence(rows, batch_first=True, padding_value=-100)  # [B, L]
     hidden = hidden_states(model, labels.clamp(min=0).to(device))  # [B, L, d]; any id does as padding
@@ -98,7 +96,7 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
 
 
 def chat_template(prompt_template, tokenizer):
-    """A chat template from "Prompt: {prompt}\\nResponse:" or so; a response follows a space and ends with EOS."""
+    """A chat template from "Prompt: {prompt}\\nResponse:" or so; responses follow a space, then EOS."""
     before, after = prompt_template.replace("\\n", "\n").split(
         "{prompt}"
     )  # a shell passes \n as two characters
@@ -130,9 +128,9 @@ def main(args):
         rows = load_rows(args.dataset_name, split)
         pairs = [encode(tokenizer, end_ids, row, "completion") for row in rows]
         data.append([pair for pair in pairs if len(pair[0] + pair[1]) <= args.max_length])
-        print(f"{split}: {len(data[-1])} of {len(rows)} examples, the others exceed --max_length")
+        print(f"{split}: {len(data[-1])} of {len(rows)} examples are within --max_length")
     train, test = data
-    check_model(model, tokenizer, [prompt + completion for prompt, completion in train + test], 0)
+    check_model(model, tokenizer, [prompt + completion for prompt, completion in train + test])
     print(f"for example: {tokenizer.decode(train[0][0])!r} -> {tokenizer.decode(train[0][1])!r}")
     # For `generate`, here and later: the distribution that is trained, without top-k, top-p or penalties
     plain = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
@@ -163,7 +161,6 @@ def main(args):
     logs = open_logs(args, state, "metrics.jsonl")
     print(f"SFT on {device}: {model.num_parameters():,} parameters, learning rate {learning_rate}")
     for step in tqdm(range(done + 1, total_steps + 1), "SFT", disable=None):
-        # 3. One optimizer step
         torch.manual_seed(args.seed * 2**20 + step)  # for dropout: --resume needs no random state
         model.train()
         lr = learning_rate * warmup_cosine(step, args.warmup_steps, total_steps)
@@ -182,7 +179,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 4. Logging
+        # 3. Logging
         metrics = {
             "step": step,
             "train/loss": step_loss,
@@ -191,14 +188,16 @@ def main(args):
         }
         if step % args.eval_steps == 0 or step == total_steps:
             model.eval()
+            starts = range(0, len(test), size)
             with torch.no_grad():
-                starts = range(0, len(test), size)
                 losses = [completion_loss(model, test[i : i + size], device) for i in starts]
-            metrics["eval/loss"] = sum(losses) / sum(len(completion) for _, completion in test)
+            num_tokens = sum(len(completion) for _, completion in test)
+            metrics["eval/loss"] = sum(losses) / num_tokens
             sample = model.generate(torch.tensor([test[0][0]], device=device))[0]
             tqdm.write(f"step {step}: held-out loss {metrics['eval/loss']:.3f} nats per token")
             tqdm.write(f"    {tokenizer.decode(sample)!r}")  # special tokens included
-        logs[0].write(json.dumps(metrics, default=float) + "\n")
+        line = json.dumps(metrics, default=float)
+        logs[0].write(line + "\n")
         if args.track:
             wandb.log(metrics, step=step)
         if step % args.save_steps == 0 or step == total_steps:
@@ -228,7 +227,7 @@ def load_rows(name, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: `column` after `prompt`, or a dialogue in it, in `messages` or hh-rlhf's `chosen`."""
+    """Messages of a row: `column` after `prompt`, or a dialogue in it, `messages` or hh-rlhf's `chosen`."""
     name = next((name for name in (column, "messages", "chosen") if name in row), column)
     chat = row.get(name)
     if isinstance(chat, str) and chat:
@@ -238,7 +237,7 @@ def read_chat(row, column):  # [shared]
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not chat or not all(isinstance(message.get("content"), str) for message in chat):
         fail(f"{row['where']}: {name} must be text or messages with role and content; it has {[*row]}")
-    if name != "prompt" and chat[0]["role"] == "assistant":
+    if name != "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
 
@@ -249,10 +248,11 @@ def render(tokenizer, row, messages, **options):  # [shared]
 
 
 def encode(tokenizer, end_ids, row, column):  # [shared]
-    """(ids of the prompt as the policy will see it, ids that its chat template adds for the response) of a row."""
+    """Ids of the prompt as the policy will see it, and those that the chat template adds for the response."""
     chat = read_chat(row, column)
-    if chat[-1]["role"] != "assistant" or chat[-2]["role"] not in ("user", "tool"):
-        fail(f"{row['where']}: it must end with a message of the user and the assistant's response")
+    roles = [message["role"] for message in chat[-2:]]
+    if roles not in (["user", "assistant"], ["tool", "assistant"]):
+        fail(f"{row['where']}: it must end with messages of the user and the assistant, not {roles}")
     prompt_ids = render(tokenizer, row, chat[:-1], add_generation_prompt=True)
     ids = render(tokenizer, row, chat)
     same = len(os.path.commonprefix([prompt_ids, ids]))
@@ -291,7 +291,7 @@ def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
 
 
 @torch.no_grad()
-def check_model(model, tokenizer, rows, extra):  # [shared]
+def check_model(model, tokenizer, rows, extra=0):  # [shared]
     """Refuse too short a context, and a family whose logits are not output_layer(backbone), as Gemma 2."""
     pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
     pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")
