@@ -144,84 +144,7 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
-# ---- Sampling ----
-
-
-@torch.no_grad()
-def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id):
-    """Sample responses -> responses [B, T], lengths [B] with EOS, whether they ended [B], log-probs [B, T].
-    prompts, prompt_mask [B, P], left-padded; uniforms [T, B] in [0, 1), all the randomness; end_ids [E]."""
-    B, P = prompts.shape
-    T = len(uniforms)
-    # 0 on left padding alone, as causality hides what is not sampled yet
-    attention_mask = F.pad(prompt_mask, (0, T), value=1)  # [B, P+T]
-    # Positions count real tokens, not slots: else a prompt would get another response in another batch
-    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
-    position = positions[:, -1:] + 1  # [B, 1] of the newest token
-    renamed = "cache" in inspect.signature(model.base_model.forward).parameters  # by transformers 5.24
-    cache = {"cache" if renamed else "past_key_values": StaticCache(model.config, max_cache_len=P + T)}
-    responses = prompts.new_full((B, T), pad_id)  # [B, T]
-    logprobs = torch.zeros_like(uniforms.T)  # [B, T]
-    lengths = prompts.new_zeros(B)  # [B]
-    ended = prompts.new_zeros(B, dtype=torch.bool)  # [B]
-    token = prompts.new_zeros(B, 1)  # [B, 1] the newest
-    step = prompts.new_zeros(1)  # [1] response tokens so far
-
-    def sample_next(hidden):  # [B, d]
-        # Inverse CDF: the first token whose cumulative probability exceeds u. No top-k, top-p or penalties
-        logits = model.get_output_embeddings()(hidden.float()) / temperature  # [B, V]
-        probs = logits.softmax(-1)  # [B, V]
-        cdf = probs.cumsum(-1)  # [B, V]
-        u = uniforms[step].T * cdf[:, -1:]  # [B, 1]; the last entry is 1 up to rounding
-        newest = torch.searchsorted(cdf, u, right=True)  # [B, 1]
-        token.copy_(newest.clamp(max=cdf.shape[1] - 1))
-        logprobs.index_copy_(1, step, probs.gather(1, token).log())
-        token.masked_fill_(ended[:, None], pad_id)
-        responses.index_copy_(1, step, token)
-        lengths.add_(~ended)
-        ended.logical_or_((token == end_ids).any(1))
-        step.add_(1)
-
-    def decode_step():
-        output = model.base_model(token, attention_mask=attention_mask, position_ids=position, **cache)
-        position.add_(1)
-        sample_next(output.last_hidden_state[:, -1])
-
-    output = model.base_model(prompts, attention_mask=attention_mask, position_ids=positions, **cache)
-    sample_next(output.last_hidden_state[:, -1])
-
-    run_step = decode_step
-    first = 1
-    if prompts.is_cuda and T > 3:
-        # A CUDA graph records the step once and replays it, as launching its many small kernels takes longer
-        # than running them. Hence the fixed shapes, and tensors that are changed in place.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # two real steps first, in which libraries allocate their workspaces
-            decode_step()
-            decode_step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):  # records the step, runs nothing
-            decode_step()
-        run_step = graph.replay
-        first = 3
-    for t in range(first, T):
-        run_step()
-        if t % 8 == 0 and ended.all():
-            break
-    return responses, lengths, ended, logprobs
-
-
-def bf16_copy(model):
-    """A copy to sample from: half the bytes to read per token. Buffers stay fp32 (RoPE would be 0.3 radians
-    off after 300 tokens), and so does the output layer (bf16 rounds logits near 60, GPT-2's, to quarters)."""
-    model = copy.deepcopy(model)
-    head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.clone())  # tied to the input embeddings no longer
-    for parameter in model.base_model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return model
+# ---- What is sampled, laid out for training; the sampler itself stands below `main` ----
 
 
 def roll_left(prompts, responses, starts):
@@ -611,6 +534,86 @@ def main(args):
             write_row(file, dict(zip(results, values)))
     print(f"held-out score: SFT {mean(results['sft_score']):.2f}, PPO {mean(results['ppo_score']):.2f}")
     print(f"saved to {output_dir}")
+
+
+# ---- The sampler ----
+
+
+@torch.no_grad()
+def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id):
+    """Sample responses -> responses [B, T], lengths [B] with EOS, whether they ended [B], log-probs [B, T].
+    prompts, prompt_mask [B, P], left-padded; uniforms [T, B] in [0, 1), all the randomness; end_ids [E]."""
+    B, P = prompts.shape
+    T = len(uniforms)
+    # 0 on left padding alone, as causality hides what is not sampled yet
+    attention_mask = F.pad(prompt_mask, (0, T), value=1)  # [B, P+T]
+    # Positions count real tokens, not slots: else a prompt would get another response in another batch
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
+    position = positions[:, -1:] + 1  # [B, 1] of the newest token
+    renamed = "cache" in inspect.signature(model.base_model.forward).parameters  # by transformers 5.24
+    cache = {"cache" if renamed else "past_key_values": StaticCache(model.config, max_cache_len=P + T)}
+    responses = prompts.new_full((B, T), pad_id)  # [B, T]
+    logprobs = torch.zeros_like(uniforms.T)  # [B, T]
+    lengths = prompts.new_zeros(B)  # [B]
+    ended = prompts.new_zeros(B, dtype=torch.bool)  # [B]
+    token = prompts.new_zeros(B, 1)  # [B, 1] the newest
+    step = prompts.new_zeros(1)  # [1] response tokens so far
+
+    def sample_next(hidden):  # [B, d]
+        # Inverse CDF: the first token whose cumulative probability exceeds u. No top-k, top-p or penalties
+        logits = model.get_output_embeddings()(hidden.float()) / temperature  # [B, V]
+        probs = logits.softmax(-1)  # [B, V]
+        cdf = probs.cumsum(-1)  # [B, V]
+        u = uniforms[step].T * cdf[:, -1:]  # [B, 1]; the last entry is 1 up to rounding
+        newest = torch.searchsorted(cdf, u, right=True)  # [B, 1]
+        token.copy_(newest.clamp(max=cdf.shape[1] - 1))
+        logprobs.index_copy_(1, step, probs.gather(1, token).log())
+        token.masked_fill_(ended[:, None], pad_id)
+        responses.index_copy_(1, step, token)
+        lengths.add_(~ended)
+        ended.logical_or_((token == end_ids).any(1))
+        step.add_(1)
+
+    def decode_step():
+        output = model.base_model(token, attention_mask=attention_mask, position_ids=position, **cache)
+        position.add_(1)
+        sample_next(output.last_hidden_state[:, -1])
+
+    output = model.base_model(prompts, attention_mask=attention_mask, position_ids=positions, **cache)
+    sample_next(output.last_hidden_state[:, -1])
+
+    run_step = decode_step
+    first = 1
+    if prompts.is_cuda and T > 3:
+        # A CUDA graph records the step once and replays it, as launching its many small kernels takes longer
+        # than running them. Hence the fixed shapes, and tensors that are changed in place.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # two real steps first, in which libraries allocate their workspaces
+            decode_step()
+            decode_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):  # records the step, runs nothing
+            decode_step()
+        run_step = graph.replay
+        first = 3
+    for t in range(first, T):
+        run_step()
+        if t % 8 == 0 and ended.all():
+            break
+    return responses, lengths, ended, logprobs
+
+
+def bf16_copy(model):
+    """A copy to sample from: half the bytes to read per token. Buffers stay fp32 (RoPE would be 0.3 radians
+    off after 300 tokens), and so does the output layer (bf16 rounds logits near 60, GPT-2's, to quarters)."""
+    model = copy.deepcopy(model)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.clone())  # tied to the input embeddings no longer
+    for parameter in model.base_model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
 
 
 # ---- Plumbing. Functions marked [shared], here and above, are the same in the other scripts ----
