@@ -144,7 +144,7 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
-# ---- What is sampled, laid out for training; the sampler itself stands below `main` ----
+# ---- What is sampled, its log-probs, values and scores; the sampler itself is below `main` ----
 
 
 def roll_left(prompts, responses, starts):
@@ -182,9 +182,6 @@ def sample(model, tokenizer, rows, args, end_ids):
         ended=ended,  # [B]
         logprobs=logprobs,  # [B, T] as the sampler computed them
     )
-
-
-# ---- Log-probs, values and scores of what was sampled ----
 
 
 def micro_batches(batch, indices, size):
@@ -255,11 +252,6 @@ def score(reward_model, tokenizer, batch, rows, size):
         mb_rows = [rows[i] for i in mb]
         scores[mb] = reward_fn(reward_model, tokenizer, ids, starts, batch.lengths[mb], mb_rows).float()
     return scores
-
-
-def write_row(file, row):
-    """One line of JSON; tensors become numbers."""
-    file.write(json.dumps(row, default=float) + "\n")
 
 
 def main(args):
@@ -726,6 +718,11 @@ def open_logs(args, state, *names):  # [shared]
         (folder / "config.json").unlink(missing_ok=True)
         (folder / "checkpoint/state.pt").unlink(missing_ok=True)
     return logs
+
+
+def write_row(file, row):
+    """One line of JSON; tensors become numbers."""
+    file.write(json.dumps(row, default=float) + "\n")
 
 
 def save_checkpoint(args, logs, model, optimizer, progress):  # [shared]
