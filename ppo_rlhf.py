@@ -1,9 +1,9 @@
 """Stage 3 of RLHF: PPO. The SFT model learns to write what scores highly: python ppo_rlhf.py --beta 0.1
 
 Each update: (1) the policy samples responses to a batch of prompts, (2) the reward model scores them, policy
-and frozen reference (the SFT model) give log-probs, (3) rewards become advantages, (4) some epochs of clipped
-policy-gradient steps. They maximize score(prompt, response) - beta * KL(policy || reference). Without the KL
-penalty the policy drifts to what the reward model takes for quality (Gao et al. 2022), and forgets to write.
+and frozen reference (the SFT model) give log-probs, (3) rewards become advantages, (4) a few epochs of
+clipped policy-gradient steps maximize score(prompt, response) - beta * KL(policy || reference). Without the
+KL penalty the policy exploits the reward model's errors (Gao et al. 2022) and forgets how to write.
 
 How the tensors line up. A row holds a prompt and its response; B rows, P prompt slots, T response slots:
 
@@ -74,12 +74,12 @@ class Args:
     gamma: float = 1.0  # discount per token; 1 as a response is judged as one
     lam: float = 0.95  # GAE's lambda; 1 is unbiased and noisy, 0 trusts the values (Schulman et al. 2015)
     # ---- update ----
-    learning_rate: float | None = None  # peak of Adam's; default 1e-4 below 10M parameters, else 3e-6
-    value_learning_rate: float = 1e-3  # of the value head, which starts at zero and must be right soon
-    warmup_steps: int = 2  # updates of linear warm-up, while values are not learned; then linear decay
+    learning_rate: float = 0.0  # peak of Adam's; 0 chooses 1e-4 below 10M parameters, else 3e-6
+    value_learning_rate: float = 1e-3  # of the value head, which starts at zero and must catch up quickly
+    warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
     num_mini_batches: int = 8  # optimizer steps per pass
-    per_device_train_batch_size: int = 16  # episodes per forward pass; never changes the gradient
+    per_device_train_batch_size: int = 16  # episodes per forward pass; the gradient changes by rounding alone
     cliprange: float = 0.2  # a probability ratio gains nothing outside 1 - cliprange ... 1 + cliprange
     cliprange_value: float = 0.2  # the same for values: how far each may move from the rollout's
     vf_coef: float = 0.1  # weight of the value loss; small, as policy and values share one backbone
@@ -111,7 +111,7 @@ def masked_var(x, mask):
 
 def whiten(x, mask):
     """x with mean 0 and standard deviation 1 over the real tokens, 0 on padding: [B, T] -> [B, T].
-    Statistics over padding would shrink with the share of padding in a batch, and the step size with them."""
+    Were padding counted, the deviation would shrink with its share, and the advantages grow by as much."""
     return (x - masked_mean(x, mask)) * torch.rsqrt(masked_var(x, mask) + 1e-8) * mask
 
 
@@ -164,11 +164,11 @@ def sample(model, tokenizer, rows, args, end_ids):
         model = bf16_copy(model)
     ends = torch.tensor(end_ids, device=model.device)  # [E]
     parts = []
-    for part in torch.arange(len(rows)).split(args.rollout_batch_size):
-        ids = prompts.input_ids[part]
-        mask = prompts.attention_mask[part]
-        part = rollout(model, ids, mask, uniforms[:, part], args.temperature, ends, tokenizer.pad_token_id)
-        parts.append(part)
+    for indices in torch.arange(len(rows)).split(args.rollout_batch_size):
+        ids = prompts.input_ids[indices]
+        mask = prompts.attention_mask[indices]
+        u = uniforms[:, indices]
+        parts.append(rollout(model, ids, mask, u, args.temperature, ends, tokenizer.pad_token_id))
     responses, response_lengths, ended, logprobs = map(torch.cat, zip(*parts))
     starts = prompts.attention_mask.sum(1)
     slots = torch.arange(args.max_new_tokens, device=model.device)  # [T]
@@ -186,14 +186,14 @@ def sample(model, tokenizer, rows, args, end_ids):
 
 def micro_batches(batch, indices, size):
     """Rows `indices` of a batch, `size` at a time and sorted by length, so that little padding is left.
-    Yields indices [b], ids [b, L], starts of the responses [b], labels [b, T], and T, that of the longest."""
+    Yields indices [b], ids [b, L], response starts [b], labels [b, T], and T, the longest response."""
     order = batch.lengths[indices].argsort(stable=True).cpu()
-    for mb in indices[order].split(size):
-        L = batch.lengths[mb].max()
-        T = batch.response_lengths[mb].max()
-        ids = batch.sequences[mb, :L]
-        labels = batch.responses[mb, :T]
-        yield mb, ids, batch.starts[mb], labels, T
+    for idx in indices[order].split(size):
+        L = batch.lengths[idx].max()
+        T = batch.response_lengths[idx].max()
+        ids = batch.sequences[idx, :L]
+        labels = batch.responses[idx, :T]
+        yield idx, ids, batch.starts[idx], labels, T
 
 
 def hidden_states(model, ids):  # [shared]
@@ -219,8 +219,8 @@ def forward(model, ids, starts, labels, temperature, entropy_coef=0.0, critic=No
     hidden = response_states(model, ids, starts, T)  # [b, T, d]
     logits = model.get_output_embeddings()(hidden) / temperature  # [b, T, V]
     all_logprobs = logits.log_softmax(-1)  # [b, T, V]
-    distribution = all_logprobs if entropy_coef else all_logprobs.detach()
-    entropy = -(distribution.exp() * distribution).sum(-1)  # [b, T]
+    logprobs = all_logprobs if entropy_coef else all_logprobs.detach()  # no bonus: no gradient, less memory
+    entropy = -(logprobs.exp() * logprobs).sum(-1)  # [b, T]
     if critic is not None:
         hidden = response_states(critic, ids, starts, T)  # [b, T, d]
     return gather_logprobs(all_logprobs, labels), entropy, hidden
@@ -240,32 +240,27 @@ def reward_fn(reward_model, tokenizer, sequences, starts, lengths, rows):
         fail(f"the policy sampled id {sequences.max()}, for which the reward model has no embedding")
     hidden = hidden_states(reward_model, sequences)  # [b, L, d]
     # At the last real token, by length: the last id that is not a pad is one token early if pad == EOS
-    last = torch.take_along_dim(hidden, lengths[:, None, None] - 1, dim=1)  # [b, 1, d]
-    return reward_model.score(last).flatten()
+    last_hidden = torch.take_along_dim(hidden, lengths[:, None, None] - 1, dim=1)  # [b, 1, d]
+    return reward_model.score(last_hidden).flatten()
 
 
 @torch.no_grad()
 def score(reward_model, tokenizer, batch, rows, size):
     """`reward_fn`, `size` responses at a time -> scores [B]."""
     scores = torch.zeros(len(rows), device=batch.lengths.device)  # [B]
-    for mb, ids, starts, _, _ in micro_batches(batch, torch.arange(len(rows)), size):
-        mb_rows = [rows[i] for i in mb]
-        scores[mb] = reward_fn(reward_model, tokenizer, ids, starts, batch.lengths[mb], mb_rows).float()
+    for idx, ids, starts, _, _ in micro_batches(batch, torch.arange(len(rows)), size):
+        mb_rows = [rows[i] for i in idx]
+        scores[idx] = reward_fn(reward_model, tokenizer, ids, starts, batch.lengths[idx], mb_rows).to(scores)
     return scores
 
 
 def main(args):
-    if args.temperature <= 0 or args.beta < 0 or not 0 <= (args.learning_rate or 0) < 0.1:
-        fail("--temperature must be above 0, --beta at least 0, --learning_rate between 0 and 0.1")
+    if args.temperature <= 0 or args.beta < 0 or not 0 <= args.learning_rate < 0.1:
+        fail("--temperature must be above 0, --beta at least 0, --learning_rate at least 0, below 0.1")
     if args.batch_size % args.num_mini_batches or args.total_episodes % args.batch_size:
         fail("--total_episodes must be a multiple of --batch_size, and that of --num_mini_batches")
-    inputs = (args.sft_model_path, args.reward_model_path)
-    changeable = (
-        "gradient_checkpointing",
-        "per_device_train_batch_size",
-        "rollout_batch_size",
-    )
-    state = load_checkpoint(args, inputs, changeable)
+    changeable = ("gradient_checkpointing", "per_device_train_batch_size", "rollout_batch_size")
+    state = load_checkpoint(args, (args.sft_model_path, args.reward_model_path), changeable)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B = args.batch_size
     T = args.max_new_tokens
@@ -288,36 +283,41 @@ def main(args):
             if "prompt" not in row and prompt[-1]["role"] == "assistant":
                 prompt = prompt[:-1]
             if not prompt or prompt[-1]["role"] not in ("user", "tool"):
-                fail(f"{row['where']}: the prompt must end with a message of the user")
+                fail(f"{row['where']}: the prompt must end with a user or tool message")
             row.setdefault("prompt", prompt)
             row["prompt_ids"] = render(tokenizer, row, prompt, add_generation_prompt=True)
             if render(reward_tokenizer, row, prompt, add_generation_prompt=True) != row["prompt_ids"]:
-                fail(f"{row['where']}: the reward model's tokenizer or chat template is another one")
+                fail(f"{row['where']}: the reward model has a different tokenizer or chat template")
         data.append([row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length])
         print(f"{split}: {len(data[-1])} of {len(rows)} prompts are within --max_prompt_length")
+    if not all(data):
+        fail("no prompt of a split is within --max_prompt_length")
     train, test = data
     check_model(policy, tokenizer, [row["prompt_ids"] for row in train + test], T)
     # ---- what is trained, and the frozen reference ----
     trained = torch.nn.ModuleDict({"policy": policy})
     critic = None
-    value_width = policy.get_output_embeddings().weight.shape[1]
+    value_width = policy.get_output_embeddings().in_features
     if args.separate_critic:
         critic = copy.deepcopy(reward_model.base_model)
         trained["critic"] = critic
-        value_width = reward_model.score.weight.shape[1]
+        value_width = reward_model.score.in_features
     learning_rate = args.learning_rate or (1e-4 if policy.num_parameters() < 10e6 else 3e-6)
-    groups = [{"params": list(trained.parameters()), "peak": learning_rate}]
     # Zero: the first values are the mean of normalized scores, not a random layer's noise
     value_head = torch.nn.Linear(value_width, 1)
     for parameter in value_head.parameters():
-        torch.nn.init.zeros_(parameter)
+        parameter.data.zero_()
+    groups = [
+        {"params": list(trained.parameters()), "peak": learning_rate},
+        {"params": value_head.parameters(), "peak": args.value_learning_rate},
+    ]
     trained["value_head"] = value_head
-    groups.append({"params": list(value_head.parameters()), "peak": args.value_learning_rate})
     trained.to(device).eval()  # dropout is always off: it would change log-probs between rollout and update
     if args.gradient_checkpointing:  # works in train() alone, which must not switch dropout on
         for module in trained.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+            for name in vars(module):
+                if name == "p" or "dropout" in name:  # a torch.nn.Dropout's, or a plain number
+                    setattr(module, name, 0.0)
             if module in (policy, critic):
                 module.gradient_checkpointing_enable()
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -332,11 +332,7 @@ def main(args):
     if args.track:
         import wandb
 
-        wandb.init(
-            project="ppo_rlhf",
-            name=args.output_dir,
-            config=asdict(args),
-        )
+        wandb.init(project="ppo_rlhf", name=args.output_dir, config=asdict(args))
     output_dir = Path(args.output_dir)
     logs = open_logs(args, state, "metrics.jsonl", "samples.jsonl")
     metrics_file, samples_file = logs
@@ -344,7 +340,7 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)
     epochs = range(0, args.total_episodes, len(train))  # each a new permutation of the prompts
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in epochs])
-    # What must be 0 may differ by rounding, in nats per token; logits are divided by the temperature
+    # Rounding allowed where 0 is expected, in nats per token; it grows as logits / temperature does
     tolerance = (0.1 if device == "cuda" else 1e-4) / temperature
     print(f"PPO on {device}: {policy.num_parameters():,} parameters, learning rate {learning_rate}")
     for update in tqdm(range(done + 1, num_updates + 1), "PPO", disable=None):
@@ -356,38 +352,40 @@ def main(args):
 
         # ======== Phase 1, rollout: sample a response to each of a batch of prompts ========
         clock = [time.time()]
-        rows = [train[i] for i in order[(update - 1) * B : update * B]]
+        rows = [train[i] for i in order.split(B)[update - 1]]
         batch = sample(policy, tokenizer, rows, args, end_ids)
         mask = batch.mask  # [B, T]
         clock.append(time.time())
 
         # ======== Phase 2, scoring: old and reference log-probs, values, the reward model's scores ========
         # Old log-probs are computed again, by the forward that is trained: the sampler rounds differently.
-        old_logprobs, ref_logprobs, values = torch.zeros(3, B, T, device=device)  # [B, T] each
+        old_logprobs = torch.zeros_like(mask)  # [B, T]
+        ref_logprobs = torch.zeros_like(mask)  # [B, T]
+        values = torch.zeros_like(mask)  # [B, T]
         with torch.no_grad():
-            for mb, *texts, t in micro_batches(batch, torch.arange(B), size):
-                old_logprobs[mb, :t], _, hidden = forward(policy, *texts, temperature, critic=critic)
-                ref_logprobs[mb, :t], _, _ = forward(reference, *texts, temperature)
-                values[mb, :t] = value_head(hidden).squeeze(-1)
+            for idx, *inputs, t in micro_batches(batch, torch.arange(B), size):
+                old_logprobs[idx, :t], _, hidden = forward(policy, *inputs, temperature, critic=critic)
+                ref_logprobs[idx, :t], _, _ = forward(reference, *inputs, temperature)
+                values[idx, :t] = value_head(hidden).squeeze(-1)
         kl = (old_logprobs - ref_logprobs) * mask  # [B, T]
         sampler_gap = masked_mean((batch.logprobs - old_logprobs).abs(), mask)
         eos_rate = batch.ended.float().mean()
         scores = score(reward_model, tokenizer, batch, rows, size)  # [B]
         if update == 1:
-            # Policy and reference are still the same model: almost every bug in RLHF breaks this.
+            # Policy and reference are still the same model: a shift, a mask or dropout gone wrong shows here.
             assert masked_mean(kl.abs(), mask) < tolerance, "KL is not 0 at the start"
-            # A family whose cache or window ignores the mask is another model when it samples.
+            # If a family's cache or window ignores the mask, the sampler runs a different model.
             if not sampler_gap < tolerance:
                 fail(f"{args.sft_model_path}: log-probs of sampler and forward differ by {sampler_gap:.2g}")
             if eos_rate < 0.5:
                 ends = tokenizer.convert_ids_to_tokens(end_ids)
                 print(f"only {eos_rate:.0%} of the responses end with {ends} within --max_new_tokens {T}")
             # The scale of a reward is arbitrary. This rollout samples the SFT model: there, scores get mean 0
-            # and standard deviation 1, so that one beta fits all (lm-human-preferences, train_reward.py:232).
-            score_mean = scores.mean()
-            score_std = scores.std() or 1.0
+            # and standard deviation 1, so that one beta fits all (lm-human-preferences, train_reward.py:252).
+            score_mean = scores.mean().item()
+            score_std = scores.std().item() or 1.0
         scores = (scores - score_mean) / score_std  # [B]
-        # A response that was cut off pays, or the policy learns to ramble on, where no EOS lowers its score.
+        # Without a penalty for being cut off, the policy could learn to ramble on rather than write EOS.
         scores -= args.missing_eos_penalty * ~batch.ended
         scores -= args.length_penalty * batch.response_lengths
         clock.append(time.time())
@@ -395,28 +393,28 @@ def main(args):
         # ======== Phase 3, advantages ========
         rewards = penalized_rewards(scores, kl, mask, beta)  # [B, T]
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)  # [B, T], [B, T]
-        # The step size then does not depend on the scale of the rewards. Over the whole batch, so that a
-        # minibatch of good responses is not told that half of them are bad.
+        # Whitened, so that the step size does not depend on the scale of the rewards; over the whole batch,
+        # so that a minibatch of good responses is not told that half of them are bad.
         advantages = whiten(advantages, mask)  # [B, T]
 
         # ======== Phase 4, update: clipped policy and value losses over shuffled minibatches ========
         trained.train(args.gradient_checkpointing)
         stats = defaultdict(list)
         shuffled = torch.cat([torch.randperm(B) for _ in range(args.num_ppo_epochs)])
-        for minibatch in shuffled.split(B // args.num_mini_batches):
-            num_tokens = mask[minibatch].sum()
-            for mb, *texts, t in micro_batches(batch, minibatch, size):
-                mb_mask = mask[mb, :t]  # [b, t]
-                mb_advantages = advantages[mb, :t]  # [b, t]
-                mb_returns = returns[mb, :t]  # [b, t]
-                mb_values = values[mb, :t]  # [b, t]
+        for minibatch_inds in shuffled.split(B // args.num_mini_batches):
+            num_tokens = mask[minibatch_inds].sum()
+            for idx, *inputs, t in micro_batches(batch, minibatch_inds, size):
+                mb_mask = mask[idx, :t]  # [b, t]
+                mb_advantages = advantages[idx, :t]  # [b, t]
+                mb_returns = returns[idx, :t]  # [b, t]
+                mb_values = values[idx, :t]  # [b, t]
                 new_logprobs, entropy, hidden = forward(
-                    policy, *texts, temperature, args.entropy_coef, critic
+                    policy, *inputs, temperature, args.entropy_coef, critic
                 )
                 new_values = value_head(hidden).squeeze(-1)  # [b, t]
                 # Policy loss (Schulman et al. 2017, eq. 7). The max is the pessimistic choice: a token gains
                 # nothing by moving its ratio past the clip, but is pulled back if it went the wrong way.
-                log_ratio = new_logprobs - old_logprobs[mb, :t]  # [b, t]
+                log_ratio = new_logprobs - old_logprobs[idx, :t]  # [b, t]
                 ratio = log_ratio.exp()  # [b, t]
                 clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)  # [b, t]
                 pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio)  # [b, t]
@@ -437,36 +435,37 @@ def main(args):
                     "val/clipfrac_avg": new_values != clipped_values,
                     "val/ratio": ratio,
                 }
-                for name, figure in figures.items():  # a mean over the minibatch's real tokens, in parts
+                for name, figure in figures.items():  # summed over micro-batches: the mean over real tokens
                     stats[name].append((figure.detach() * mb_mask).sum() / num_tokens)
                 if "policy/grad_norm" not in stats:  # no step yet: the policy is the one that sampled
                     gap = masked_mean(log_ratio.abs(), mb_mask)
                     assert gap < tolerance, f"ratio is not 1 on the first minibatch: mean |log ratio| {gap}"
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.max_grad_norm)
             if not grad_norm.isfinite():
-                fail(f"update {update}: loss not finite; the checkpoint is valid: fix this, then --resume")
+                fail(f"update {update}: gradient not finite: check the rewards, or restart with a lower rate")
             stats["policy/grad_norm"].append(grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         trained.eval()
         clock.append(time.time())
 
-        # ======== Phase 5, logging: every figure is a mean over real tokens or episodes ========
+        # ======== Phase 5, logging: means over real tokens, or over episodes of sums ========
         num_steps = len(stats["policy/grad_norm"])
         episode_kl = kl.sum(1)  # [B] nats per response
+        mean_kl = episode_kl.mean()
         metrics = {
             "update": update,
             "episode": update * B,
             "objective/scores": scores.mean(),
-            "objective/kl": episode_kl.mean(),
+            "objective/kl": mean_kl,
             "objective/entropy": -(old_logprobs * mask).sum(1).mean(),
-            "objective/non_score_reward": -beta * episode_kl.mean(),
+            "objective/non_score_reward": -beta * mean_kl,
             "objective/rlhf_reward": (scores - beta * episode_kl).mean(),
             **{name: sum(parts) / num_steps for name, parts in stats.items()},
             "val/explained_variance": 1 - masked_var(returns - values, mask) / masked_var(returns, mask),
             "val/sampler_logprob_gap": sampler_gap,
             "val/eos_rate": eos_rate,
-            "val/num_eos_tokens": eos_rate,  # its older name
+            "val/num_eos_tokens": eos_rate,  # TRL's name
             "response_length": batch.response_lengths.float().mean(),
             "lr": learning_rate * schedule,
             "beta": beta,
@@ -479,8 +478,8 @@ def main(args):
         if args.track:
             wandb.log(metrics, step=update)
         if args.adaptive_kl_target > 0:
-            # Ziegler et al. 2019, section 2.2: a KL 20% off, or more, moves beta by 20% in 1000 episodes
-            error = episode_kl.mean().item() / args.adaptive_kl_target - 1
+            # As Ziegler et al. 2019, section 2.2, but with a horizon of 1000 episodes, not their 10,000
+            error = mean_kl.item() / args.adaptive_kl_target - 1
             beta *= 1 + min(max(error, -0.2), 0.2) * B / 1000
         if update % args.eval_steps == 0 or update in (1, num_updates):
             for i in range(min(4, B)):
@@ -492,8 +491,8 @@ def main(args):
                     "kl": episode_kl[i],
                 }
                 write_row(samples_file, shown)
-            figures = f"score {scores.mean():.2f}, KL {episode_kl.mean():.2f}, {eos_rate:.0%} ended"
-            tqdm.write(f"update {update}/{num_updates}: {figures}; {shown['prompt']} -> {shown['response']}")
+            summary = f"score {scores.mean():.2f}, KL {mean_kl:.2f}, {eos_rate:.0%} ended"
+            tqdm.write(f"update {update}/{num_updates}: {summary}; {shown['prompt']} -> {shown['response']}")
         if update % args.save_steps == 0 or update == num_updates:
             save_checkpoint(args, logs, trained, optimizer, (update, beta, score_mean, score_std))
 
@@ -510,7 +509,7 @@ def main(args):
     )
     policy.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    scale = torch.tensor([score_mean, score_std])  # the unit of the values
+    scale = torch.tensor([score_mean, score_std])  # values predict (score - mean) / std
     save_file({**value_head.state_dict(), "score_scale": scale}, output_dir / "value_head.safetensors")
     results = defaultdict(list, prompt=[row["prompt"] for row in test])
     for name, model in (("sft", reference), ("ppo", policy)):
@@ -542,7 +541,7 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id)
     # Positions count real tokens, not slots: else a prompt would get another response in another batch
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
     position = positions[:, -1:] + 1  # [B, 1] of the newest token
-    renamed = "cache" in inspect.signature(model.base_model.forward).parameters  # by transformers 5.24
+    renamed = "cache" in inspect.signature(model.base_model.forward).parameters  # as of transformers 5.24
     cache = {"cache" if renamed else "past_key_values": StaticCache(model.config, max_cache_len=P + T)}
     responses = prompts.new_full((B, T), pad_id)  # [B, T]
     logprobs = torch.zeros_like(uniforms.T)  # [B, T]
@@ -612,7 +611,7 @@ def bf16_copy(model):
 
 
 def fail(message):  # [shared]
-    """Refuse what would go wrong in silence: one line, exit status 2."""
+    """Print one line and exit with status 2, rather than go wrong silently."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -623,7 +622,7 @@ def load_rows(name, split):  # [shared]
         rows = datasets.load_dataset(name, split=split).to_list()
     except Exception as error:
         reason = " ".join(str(error).split())
-        fail(f"{name} has no readable split {split} ({reason}); name another by --dataset_test_split")
+        fail(f"{name} has no readable split {split} ({reason}); see --dataset_name and its splits")
     return [{**row, "where": f"{name}, {split}, row {number}"} for number, row in enumerate(rows, 1)]
 
 
@@ -637,8 +636,8 @@ def read_chat(row, column):  # [shared]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not chat or not all(isinstance(message.get("content"), str) for message in chat):
-        fail(f"{row['where']}: {name} must be text or messages with role and content; it has {[*row]}")
-    if name != "prompt" in row and chat[0]["role"] == "assistant":
+        fail(f"{row['where']}: {name} must be text or messages with role and content; it has {list(row)}")
+    if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
 
@@ -660,7 +659,7 @@ def find_end_ids(model, tokenizer):  # [shared]
 
 
 def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
-    """(model in fp32, tokenizer). A weight that was not in the file would be random, in silence."""
+    """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
     if path.startswith("runs/") and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -676,12 +675,12 @@ def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
-    """Refuse too short a context, and a family whose logits are not output_layer(backbone), as Gemma 2."""
+    """Refuse too short a context, or a family whose logits are not output_layer(backbone), like Gemma 2."""
     pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
     pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")
     length = pair.input_ids.shape[1] + extra
     if length > getattr(model.config, "max_position_embeddings", length):
-        fail(f"sequences of {length} tokens exceed the model's context; lower the limits")
+        fail(f"sequences of {length} tokens exceed the model's context; lower the length limits")
     ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
     difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
     if difference.abs().max() > 1e-2:
@@ -707,7 +706,7 @@ def load_checkpoint(args, inputs, changeable=()):  # [shared]
 
 
 def open_logs(args, state, *names):  # [shared]
-    """Make output_dir and open its logs, as long as they were at the checkpoint."""
+    """Make output_dir and open its logs, cut back to their length at the checkpoint."""
     folder = Path(args.output_dir)
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))

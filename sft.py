@@ -33,10 +33,8 @@ class Args:
         None  # default "Prompt: {prompt}\nResponse:" for models without a chat template
     )
     max_length: int = 512  # tokens of prompt and completion together; longer examples are left out
-    learning_rate: float | None = None  # peak of AdamW's; default 2e-3 below 10M parameters, else 1e-5
-    num_train_epochs: int | None = (
-        None  # passes over the demonstrations; default 12 below 10M parameters, else 2
-    )
+    learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 2e-3 below 10M parameters, else 1e-5
+    num_train_epochs: int = 0  # passes over the demonstrations; 0 chooses 12 below 10M parameters, else 2
     max_steps: int = 0  # optimizer steps; overrides num_train_epochs if positive
     per_device_train_batch_size: int = 32  # examples per forward and backward pass (micro-batch)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
@@ -108,8 +106,8 @@ def chat_template(prompt_template, tokenizer):
 
 
 def main(args):
-    if not 0 <= (args.learning_rate or 0) < 0.1:
-        fail("--learning_rate must be between 0 and 0.1")
+    if not 0 <= args.learning_rate < 0.1:
+        fail("--learning_rate must be at least 0, below 0.1")
     state = load_checkpoint(args, [args.model_name_or_path])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
@@ -175,7 +173,7 @@ def main(args):
             step_loss += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         if not grad_norm.isfinite():
-            fail(f"step {step}: loss not finite; the checkpoint is valid: fix this, then --resume")
+            fail(f"step {step}: gradient not finite: check the data, or restart with a lower learning rate")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -211,7 +209,7 @@ def main(args):
 
 
 def fail(message):  # [shared]
-    """Refuse what would go wrong in silence: one line, exit status 2."""
+    """Print one line and exit with status 2, rather than go wrong silently."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -222,7 +220,7 @@ def load_rows(name, split):  # [shared]
         rows = datasets.load_dataset(name, split=split).to_list()
     except Exception as error:
         reason = " ".join(str(error).split())
-        fail(f"{name} has no readable split {split} ({reason}); name another by --dataset_test_split")
+        fail(f"{name} has no readable split {split} ({reason}); see --dataset_name and its splits")
     return [{**row, "where": f"{name}, {split}, row {number}"} for number, row in enumerate(rows, 1)]
 
 
@@ -236,8 +234,8 @@ def read_chat(row, column):  # [shared]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not chat or not all(isinstance(message.get("content"), str) for message in chat):
-        fail(f"{row['where']}: {name} must be text or messages with role and content; it has {[*row]}")
-    if name != "prompt" in row and chat[0]["role"] == "assistant":
+        fail(f"{row['where']}: {name} must be text or messages with role and content; it has {list(row)}")
+    if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
 
@@ -276,7 +274,7 @@ def find_end_ids(model, tokenizer):  # [shared]
 
 
 def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
-    """(model in fp32, tokenizer). A weight that was not in the file would be random, in silence."""
+    """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
     if path.startswith("runs/") and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -292,12 +290,12 @@ def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
-    """Refuse too short a context, and a family whose logits are not output_layer(backbone), as Gemma 2."""
+    """Refuse too short a context, or a family whose logits are not output_layer(backbone), like Gemma 2."""
     pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
     pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")
     length = pair.input_ids.shape[1] + extra
     if length > getattr(model.config, "max_position_embeddings", length):
-        fail(f"sequences of {length} tokens exceed the model's context; lower the limits")
+        fail(f"sequences of {length} tokens exceed the model's context; lower the length limits")
     ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
     difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
     if difference.abs().max() > 1e-2:
@@ -323,7 +321,7 @@ def load_checkpoint(args, inputs, changeable=()):  # [shared]
 
 
 def open_logs(args, state, *names):  # [shared]
-    """Make output_dir and open its logs, as long as they were at the checkpoint."""
+    """Make output_dir and open its logs, cut back to their length at the checkpoint."""
     folder = Path(args.output_dir)
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
