@@ -131,7 +131,9 @@ def evaluate(rows):
         "rank_correlation_sft": spearman(sft_rm, sft),
         "rank_correlation_ppo": spearman(ppo_rm, ppo),
         "rank_correlation_both": spearman(sft_rm + ppo_rm, sft + ppo),
-        "items": {item: {side: mean(row[side][item] for row in rows) for side in ("sft", "ppo")} for item in WEIGHTS},
+        "items": {
+            item: {side: mean(row[side][item] for row in rows) for side in ("sft", "ppo")} for item in WEIGHTS
+        },
     }
 
 
@@ -209,14 +211,18 @@ def print_evaluation(paths, results, total):
     names = [*paths, f"mean of {len(paths)} files"] if len(paths) > 1 else paths
     width = max(map(len, names))
     print(f"{'':{width}}    gold score    closed    PPO against SFT, %   win rate, %       rank correlation")
-    print(f"{'':{width}}    SFT    PPO    of {BEST}    win   tie  loss   [95% interval]     SFT    PPO   both")
+    print(
+        f"{'':{width}}    SFT    PPO    of {BEST}    win   tie  loss   [95% interval]     SFT    PPO   both"
+    )
     for name, r in zip(names, [*results, total]):
         low, high = r["win_rate_interval"]
         print(
             f"{name:{width}}  {r['gold_sft']:5.2f}  {r['gold_ppo']:5.2f}   {show(r['closed'], '6.1%'):>6}"
             f"   {100 * r['win']:5.1f} {100 * r['tie']:5.1f} {100 * r['loss']:5.1f}"
             f"  {100 * r['win_rate']:5.1f} [{100 * low:4.1f}, {100 * high:5.1f}]"
-            + "".join(f"  {show(r['rank_correlation_' + side], '5.2f'):>5}" for side in ("sft", "ppo", "both"))
+            + "".join(
+                f"  {show(r['rank_correlation_' + side], '5.2f'):>5}" for side in ("sft", "ppo", "both")
+            )
         )
     print("\nmean per answer      weight     SFT     PPO")
     for item, means in total["items"].items():
@@ -225,8 +231,12 @@ def print_evaluation(paths, results, total):
 
 def main():
     parser = argparse.ArgumentParser(description="Judge answers of the shipped task by the gold rubric.")
-    parser.add_argument("eval", nargs="*", help="eval.jsonl of a PPO run: prompt, sft, ppo, sft_score, ppo_score")
-    parser.add_argument("--preferences", metavar="FILE", help="pairs: how many labels does the gold score agree with?")
+    parser.add_argument(
+        "eval", nargs="*", help="eval.jsonl of a PPO run: prompt, sft, ppo, sft_score, ppo_score"
+    )
+    parser.add_argument(
+        "--preferences", metavar="FILE", help="pairs: how many labels does the gold score agree with?"
+    )
     parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
     args = parser.parse_args()
     if bool(args.eval) == bool(args.preferences):

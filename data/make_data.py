@@ -33,7 +33,7 @@ class Style(NamedTuple):
     fillers: dict  # how many rambling sentences are strewn in
     disorder: float = 0.04  # two of the steps change places
     repeats: float = 0.0  # a step is said twice; at 0, as the SFT model does it now and then by itself
-    off_topic: float = 0.02  # the steps are those of another topic: rare, as it is by far the hardest to learn
+    off_topic: float = 0.02  # the steps are another topic's: rare, as it is by far the hardest to learn
 
 
 # The demonstrations, and the answers of a model that imitates them: half of those in the pairs.
@@ -77,7 +77,7 @@ class Dice(random.Random):
 
     def pick_weighted(self, weights):
         x = self.random() * math.fsum(weights.values())
-        for option, weight in weights.items():
+        for option, weight in weights.items():  # noqa: B007
             x -= weight
             if x < 0:
                 break
@@ -181,7 +181,9 @@ def splice(dice, topic, answer):
 
 def foreign_step(dice, topic, answer):
     steps = places(answer, "step")
-    return replace(answer, dice.pick(steps), ("step", dice.pick(TOPICS[another(dice, topic)]))) if steps else answer
+    if not steps:
+        return answer
+    return replace(answer, dice.pick(steps), ("step", dice.pick(TOPICS[another(dice, topic)])))
 
 
 def off_topic(dice, topic, answer):
@@ -258,7 +260,8 @@ def change_steps(dice, topic, answer):
 def add_filler(dice, topic, answer):
     """Ramble between two sentences, or after the only one, with something not said yet."""
     i = 1 + int(dice.random() * max(1, len(answer) - 1))
-    return insert(answer, i, ("filler", dice.pick([s for s in SENTENCES["filler"] if ("filler", s) not in answer])))
+    unsaid = [s for s in SENTENCES["filler"] if ("filler", s) not in answer]
+    return insert(answer, i, ("filler", dice.pick(unsaid)))
 
 
 def change_filler(dice, topic, answer):
@@ -320,7 +323,9 @@ def make_rows():
             ("prompts", lambda dice, prompt, topic: {"prompt": prompt}, 1),
         ):
             dice = Dice(f"{SEED} {folder} {split}")
-            rows = [make_row(dice, prompt, topic) for prompt, topic in prompts.items() for _ in range(per_prompt)]
+            rows = [
+                make_row(dice, prompt, topic) for prompt, topic in prompts.items() for _ in range(per_prompt)
+            ]
             tables[folder, split] = dice.shuffled(rows)
     return tables
 
@@ -346,7 +351,10 @@ def describe(rows):
         scores = [judge(row["prompt"], row["completion"])["score"] for row in rows]
         return f"mean gold score {sum(scores) / len(scores):.2f}"
     if "chosen" in rows[0]:
-        wrong = [judge(r["prompt"], r["chosen"])["score"] < judge(r["prompt"], r["rejected"])["score"] for r in rows]
+        wrong = [
+            judge(r["prompt"], r["chosen"])["score"] < judge(r["prompt"], r["rejected"])["score"]
+            for r in rows
+        ]
         return f"{sum(wrong) / len(wrong):.1%} of the labels disagree with the gold score"
     return ""
 

@@ -5,9 +5,10 @@ recognises them again. The words are few and plain, so that a tokenizer of 1,024
 most of them in one token and a model of a million parameters learns the language in minutes.
 """
 
-# Each topic is answered in four steps, in this order. No step serves two topics, and every step names what its topic
-# is about, as answers do: that an answer fits its prompt is then written in the two texts, where a reward model of
-# this size can learn to see it, and need not be known by heart, which no few thousand pairs could teach.
+# ruff: noqa: E501
+# Each topic is answered in four steps, in this order. No step serves two topics, and every step names what its
+# topic is about, as answers do: that an answer fits its prompt is then written in the two texts, where a reward
+# model of this size can learn to see it, and need not be known by heart, which no few thousand pairs could teach.
 TASKS = {  # "How do I ...?"
     "bake a cake": ("mix eggs for the cake", "pour the cake in a tin", "bake the cake for an hour", "let the cake cool"),
     "change a tire": ("loosen the nuts on the tire", "pull the old tire off", "push the new tire on", "tighten the tire nuts"),

@@ -1,7 +1,7 @@
-"""Everything that the tests share: where the scripts are, tiny models of five families, tiny tokenizers, small files.
+"""What the tests share: where the scripts are, tiny models of five families, tiny tokenizers, small files.
 
-The models have random weights of a size that makes their predictions depend strongly on every token and on every
-position, so that a shifted position id or a token seen through a mask changes log-probs in the first digit.
+The models have random weights so large that their predictions depend strongly on every token and position: a
+shifted position id or a token seen through a mask changes log-probs in the first digit.
 """
 
 import json
@@ -11,14 +11,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before torch and datasets are imported: CPU only, offline, one thread (tiny models are slower with more), and no
-# trace of the tests in the user's own cache.
+# Before torch and datasets are imported: CPU only, offline, one thread, and no trace in the user's own cache
 HOME = tempfile.mkdtemp(prefix="rlhf-tests-")
-os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HOME=HOME,
-                  HF_DATASETS_CACHE=f"{HOME}/datasets", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
-                  PYTHONDONTWRITEBYTECODE="1")  # fmt: skip
+OFFLINE = dict(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1"
+)
+os.environ.update(OFFLINE, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HOME=HOME, HF_DATASETS_CACHE=f"{HOME}/datasets")
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = Path(os.environ.get("RLHF_SCRIPTS", REPOSITORY))  # mutations.py tests copies that stand elsewhere
+SCRIPTS = REPOSITORY
 sys.path.insert(0, str(SCRIPTS))
 sys.dont_write_bytecode = True
 
@@ -35,7 +36,7 @@ torch.set_num_threads(1)
 
 PAD, EOS = 0, 1  # of the tiny tokenizer; with pad == eos, both are EOS
 NEVER = -1  # the id of an EOS that does not come
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [7, 3, 3, 9], [4, 2], [12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23]]  # ids, ragged
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [7, 3, 3, 9], [4, 2], [12, 13, 14, 15, 16, 17, 18], [20, 21, 22, 23]]
 FAMILIES = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"]  # absolute positions, then four kinds of RoPE
 
 
@@ -53,29 +54,29 @@ def family(request):
     return request.param
 
 
-def tiny_config(family, vocab_size=258, positions=96, dropout=0.0, initializer_range=0.25, **other):
-    """2 layers, 32 wide; grouped-query attention where the family has it."""
-    other.update(bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, initializer_range=initializer_range)
-    rope = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=positions, attention_dropout=dropout, **other)  # fmt: skip
-    grouped = dict(rope, num_key_value_heads=2)
+def tiny_config(family, width=32, positions=96, dropout=0.0, **other):
+    """2 layers; grouped-query attention where the family has it."""
+    common = dict(
+        vocab_size=258, initializer_range=0.25, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD
+    )
+    common |= other
     if family == "gpt2":
+        drop = dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
         return transformers.GPT2Config(
-            vocab_size=vocab_size, n_positions=positions, n_embd=32, n_layer=2, n_head=4,
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, **other)  # fmt: skip
+            **common, **drop, n_positions=positions, n_embd=width, n_layer=2, n_head=4
+        )
+    common |= dict(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    common |= dict(max_position_embeddings=positions, attention_dropout=dropout)
     if family == "gpt_neox":
-        return transformers.GPTNeoXConfig(**rope, hidden_dropout=dropout)
-    if family == "llama":
-        return transformers.LlamaConfig(**grouped)
-    if family == "qwen2":
-        return transformers.Qwen2Config(**grouped)
+        return transformers.GPTNeoXConfig(**common, hidden_dropout=dropout)
+    common |= dict(num_key_value_heads=2)
     if family == "qwen3":
-        return transformers.Qwen3Config(**grouped, head_dim=8)
-    raise ValueError(family)
+        return transformers.Qwen3Config(**common, head_dim=8)
+    return {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family](**common)
 
 
 def tiny_model(family, seed=0, **config):
-    """A causal language model with random weights, biases and norms included (fresh ones would be 0 and 1)."""
+    """A causal language model with random weights, biases and norms included (fresh ones are 0 and 1)."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **config)).eval()
     return jitter(model)
@@ -97,21 +98,23 @@ def jitter(model):
 
 
 def tiny_tokenizer(pad_is_eos=False, chat=False):
-    """Byte-level, without merges: 256 bytes, <pad> and <eos>. Any text can be written, one id a byte."""
+    """Byte-level, without merges: 256 bytes, <pad> and <eos>. Any text can be written, one id a byte.
+    Its chat template: "Q: {user}\\nA: {assistant}<eos>"; with `chat`, roles in brackets and no EOS."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<pad>", "<eos>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>" if pad_is_eos else "<pad>"
+    special = dict(eos_token="<eos>", pad_token="<eos>" if pad_is_eos else "<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+        if chat
+        else "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\nA:"
+        "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    if chat:
-        tokenizer.chat_template = (
-            "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-            "{% if add_generation_prompt %}[assistant] {% endif %}"
-        )
     return tokenizer
 
 
@@ -119,6 +122,16 @@ def save(model, tokenizer, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def ppo_flags(folder, policy, judge, tokenizer, train, test=("x", "yz yz"), **other):
+    """Write the models and prompts of a run of stage 3 to `folder` -> its flags. A judge of None is a
+    rule."""
+    write_jsonl(folder / "data/train.jsonl", [{"prompt": p} for p in train])
+    write_jsonl(folder / "data/test.jsonl", [{"prompt": p} for p in test])
+    flags = dict(sft_model_path=save(policy, tokenizer, folder / "sft"), output_dir=str(folder / "ppo"))
+    flags |= dict(reward_model_path=save(judge, tokenizer, folder / "rm") if judge else "")
+    return flags | dict(dataset_name=str(folder / "data")) | other
 
 
 def write_jsonl(path, rows):
@@ -131,21 +144,6 @@ def read_jsonl(path):
 
 
 def plain_logits(model, ids):
-    """The yardstick of most tests: one row, no padding, no mask, no cache, the model's own forward -> [len(ids), V]."""
+    """The yardstick of most tests: one row, no padding, mask or cache, the stock forward -> [len(ids), V]."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-
-
-def stop_and_resume(stage, flags):
-    """main() of a stage, ended right after the checkpoint of its second step, then --resume."""
-    save_checkpoint = stage.save_checkpoint
-
-    def stop_after_two(args, step, *rest):
-        save_checkpoint(args, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "save_checkpoint", stop_after_two)
-        stage.main(stage.Args(**flags))
-    stage.main(stage.Args(**flags, resume=True))

@@ -1,219 +1,244 @@
-"""The sampler: left padding, a static cache and inverse-CDF sampling against plain forwards of single rows."""
+"""The sampler: left padding, static cache and inverse-CDF sampling against plain forwards of single rows."""
+
+import contextlib
+import types
 
 import pytest
 import torch
 import transformers
-from conftest import EOS, NEVER, PAD, PROMPTS, plain_logits, tiny_model
+from conftest import EOS, NEVER, PAD, PROMPTS, plain_logits, tiny_model, tiny_tokenizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo_rlhf as ppo
 
 V = 24
+B = len(PROMPTS)
+P = max(map(len, PROMPTS))
+IDS = torch.tensor([[PAD] * (P - len(prompt)) + prompt for prompt in PROMPTS])
+MASK = torch.tensor([[0] * (P - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
 
 
-def sample(model, prompts, uniforms, temperature=1.0, eos_id=EOS, pad_id=PAD):
-    ids, mask, _ = ppo.left_pad(prompts, PAD, "cpu")
-    return ppo.rollout(model, ids, mask, uniforms, temperature, eos_id, pad_id)
+def sample(model, uniforms, temperature=1.0, end_ids=(EOS,), pad_id=PAD, ids=IDS, mask=MASK):
+    return ppo.rollout(model, ids, mask, uniforms, temperature, torch.tensor(end_ids), pad_id)
 
 
-def cut(row, eos_id):
-    return row[: row.index(eos_id) + 1] if eos_id in row else row
+def cut(row, end_ids):
+    """A response up to and with its first end id."""
+    ends = [t for t, token in enumerate(row) if token in end_ids]
+    return row[: ends[0] + 1] if ends else row
 
 
 def test_greedy_sampling_equals_generate(family):
-    """At a temperature near 0, the sampler and Hugging Face's own greedy `generate` write the same answers to ragged
-    prompts. Catches wrong position ids under left padding, a cache slot off by one, pads that are attended to."""
+    """At a temperature near 0: the answers of the stock greedy `generate` to ragged prompts."""
     model, T = tiny_model(family, vocab_size=V), 12
-    responses, lengths = sample(model, PROMPTS, torch.rand(T, len(PROMPTS)), temperature=1e-5)
-    ids, mask, _ = ppo.left_pad(PROMPTS, PAD, "cpu")
-    expected = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=T, pad_token_id=PAD, eos_token_id=EOS
-    )[:, ids.shape[1] :].tolist()
-    for i in range(len(PROMPTS)):
-        assert responses[i, : lengths[i]].tolist() == cut(expected[i], EOS)
-    assert len({tuple(row) for row in responses.tolist()}) > 3, "the model ignores its prompt: the test shows nothing"
+    responses, lengths, _, _ = sample(model, torch.rand(T, B), temperature=1e-5)
+    greedy = dict(do_sample=False, max_new_tokens=T, pad_token_id=PAD, eos_token_id=EOS)
+    expected = model.generate(IDS, attention_mask=MASK, **greedy)[:, P:].tolist()
+    for i in range(B):
+        assert responses[i, : lengths[i]].tolist() == cut(expected[i], [EOS])
+    assert len({tuple(row) for row in expected}) > 3, "the model ignores its prompt: the test shows nothing"
 
 
-@pytest.mark.parametrize("temperature, V", [(0.7, 24), (1.3, 24), (1.3, 600)])
-def test_sampled_tokens_are_the_inverse_cdf_of_a_plain_forward(family, temperature, V):
-    """Every token is the one that its uniform picks from softmax(logits / temperature) of an unpadded, uncached
-    forward of its row alone. Catches, beyond position ids and masks: a temperature left out or inverted, a uniform of
-    another row or step, ranks instead of ids, a vocabulary that is added up in parts, wrongly. The logits that the sampler
-    saw are compared too, to 1e-5."""
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_tokens_are_the_inverse_cdf_of_a_plain_forward_and_log_probs_are_its_own(family, temperature):
+    """Every token is the one that its uniform picks from softmax(logits / temperature) of an unpadded forward
+    of its row alone, in whatever batch, whatever the generation config wants and whatever lies under the
+    mask."""
     model, T = tiny_model(family, vocab_size=V), 11
-    uniforms = torch.rand(T, len(PROMPTS))
-    seen = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
-    responses, _ = sample(model, PROMPTS, uniforms, temperature, eos_id=NEVER)
-    hook.remove()
-    assert len(seen) == T
+    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=2, repetition_penalty=5.0)
+    uniforms = torch.rand(T, B)
+    responses, lengths, ended, logprobs = sample(model, uniforms, temperature, [NEVER])
+    assert lengths.eq(T).all() and not ended.any() and logprobs.shape == (B, T)
     for i, prompt in enumerate(PROMPTS):
         answer = responses[i].tolist()
         logits = plain_logits(model, prompt + answer)[len(prompt) - 1 : -1]  # [T, V]
-        torch.testing.assert_close(torch.stack(seen)[:, i], logits, atol=1e-5, rtol=1e-5)
-        cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-        for t, token in enumerate(answer):
-            below = cdf[t, token - 1].item() if token else 0.0
-            assert below - 1e-5 <= uniforms[t, i].item() <= cdf[t, token].item() + 1e-5
-
-
-@pytest.mark.parametrize("V", [24, 256, 600])
-def test_a_uniform_that_rounding_makes_one(V):
-    """It picks the last token. Catches an id beyond the vocabulary, which ends in an index error of the next step."""
-    responses, _ = sample(tiny_model("gpt2", vocab_size=V), PROMPTS, torch.ones(3, len(PROMPTS)), eos_id=NEVER)
-    assert (responses == V - 1).all()
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 128])
-def test_slices_change_nothing(family, size):
-    """Sampled a few rows at a time, every prompt gets the answer that it gets in the whole batch. Catches a slice with the
-    uniforms of another one, and rows that come back in another order."""
-    model, T = tiny_model(family, vocab_size=V), 11
-    ids, mask, _ = ppo.left_pad(PROMPTS, PAD, "cpu")
-    batch = ids, mask, torch.rand(T, len(PROMPTS)), 1.0, EOS, PAD
-    for sliced, whole in zip(ppo.rollout_in_slices(model, *batch, size), ppo.rollout(model, *batch)):
-        assert torch.equal(sliced, whole)
-
-
-def test_frequencies_match_the_scored_probabilities(family):
-    """The distribution that is sampled is the one that is scored, though the model ships a generation config with
-    top-k, top-p, a repetition penalty and a temperature. Catches a sampler that obeys any of them: log-probs in
-    the loss would be of another policy than the one that wrote. The uniforms are a regular grid, so frequencies
-    are exact to the spacing of the grid and no luck is involved."""
-    model, n, temperature = tiny_model(family, vocab_size=V), 128, 0.8
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, top_k=2, top_p=0.3, temperature=0.1, repetition_penalty=5.0, no_repeat_ngram_size=1
-    )
-    grid = (torch.arange(n) + 0.5) / n
-    uniforms = torch.stack([grid.repeat_interleave(n), grid.repeat(n)])  # [2, n * n]: every pair of grid points
-    prompt = [5, 6, 6, 7]
-    responses, _ = sample(model, [prompt] * n * n, uniforms, temperature, eos_id=NEVER)
-
-    # What the update scores: the policy's log-probs of these responses, by the function that the loss uses.
-    head = torch.nn.Linear(32, 1)
-    starts = torch.full((n * n,), len(prompt))
-    sequences = torch.cat([torch.tensor([prompt] * n * n), responses], 1)
-    with torch.no_grad():
-        scored, _, _ = ppo.forward(
-            model, head, sequences, starts, responses, torch.ones(n * n, 2), temperature, torch.autocast("cpu", enabled=False)
-        )
-    for first in responses[:, 0].unique():
-        rows = responses[:, 0] == first
-        probability = scored[rows, 0].exp().mean().item()
-        assert rows.float().mean().item() == pytest.approx(probability, abs=1.01 / n)
-        for second in responses[rows, 1].unique():
-            again = rows & (responses[:, 1] == second)
-            probability = scored[again, 1].exp().mean().item()
-            assert again.sum().item() / rows.sum().item() == pytest.approx(probability, abs=1.01 / n)
-    assert len(responses[:, 0].unique()) > 8
-
-
-@pytest.mark.parametrize("pad_id", [PAD, "eos"])
-def test_eos_ends_a_row_and_changes_nothing_else(family, pad_id):
-    """Whatever token is declared EOS, the answers are those of a sampler that never stops, cut after the first EOS.
-    Catches a length that leaves EOS out, a done row that goes on sampling, a stop that disturbs its neighbours, a
-    loop that stops too early, and the length rebuilt from `id != pad` (with pad == eos, and with a pad id that is
-    sampled as an ordinary token)."""
-    model, T = tiny_model(family, vocab_size=V), 19
-    uniforms = torch.rand(T, len(PROMPTS))
-    endless, lengths = sample(model, PROMPTS, uniforms, eos_id=NEVER)
-    assert lengths.eq(T).all()
-    seen = set()
-    for eos_id in range(V):
-        pad = eos_id if pad_id == "eos" else pad_id
-        responses, lengths = sample(model, PROMPTS, uniforms, eos_id=eos_id, pad_id=pad)
-        assert responses.shape == (len(PROMPTS), T) and lengths.shape == (len(PROMPTS),)
-        for i, row in enumerate(endless.tolist()):
-            expected = cut(row, eos_id)
-            assert lengths[i].item() == len(expected)
-            assert responses[i].tolist() == expected + [pad] * (T - len(expected))
-            seen.add("no EOS" if eos_id not in row else "at once" if len(expected) == 1 else "later")
-    assert seen == {"no EOS", "at once", "later"}, "the seed shows too few cases"
-
-
-def test_eos_in_the_last_slot_is_counted():
-    """The answer that ends exactly at max_new_tokens is complete. Catches `no padding, so it was cut off`."""
-    model = tiny_model("gpt2", vocab_size=V)
-    uniforms = torch.rand(6, len(PROMPTS))
-    endless, _ = sample(model, PROMPTS, uniforms, eos_id=NEVER)
-    row = next(i for i, r in enumerate(endless.tolist()) if r[-1] not in r[:-1])
-    eos_id = endless[row, -1].item()
-    responses, lengths = sample(model, PROMPTS, uniforms, eos_id=eos_id)
-    assert lengths[row] == 6 and responses[row, -1] == eos_id
-
-
-def test_decoding_stops_when_all_rows_are_done():
-    """Catches a loop that always runs to max_new_tokens: rollouts would cost as much as the longest answer allowed."""
-    model, T = tiny_model("gpt2", vocab_size=V), 60
-    with torch.no_grad():
-        model.transformer.ln_f.bias.zero_()
-        model.transformer.ln_f.weight.zero_()  # all logits 0: uniform
-    steps = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
-    uniforms = torch.full((T, 2), (EOS + 0.5) / V)  # EOS at once
-    responses, lengths = sample(model, PROMPTS[:2], uniforms)
-    hook.remove()
-    assert lengths.tolist() == [1, 1] and responses[:, 0].eq(EOS).all() and responses[:, 1:].eq(PAD).all()
-    assert len(steps) <= 10
-
-
-def test_a_row_alone_gets_the_answer_it_gets_in_a_batch(family):
-    """Catches every way in which neighbours leak: padding, positions, a shared uniform, a shared stop."""
-    model, T = tiny_model(family, vocab_size=V), 12
-    uniforms = torch.rand(T, len(PROMPTS))
-    responses, lengths = sample(model, PROMPTS, uniforms)
-    assert len(set(lengths.tolist())) > 1
-    for i, prompt in enumerate(PROMPTS):
-        alone, length = sample(model, [prompt], uniforms[:, i : i + 1])
-        assert torch.equal(alone[0], responses[i]) and length[0] == lengths[i]
-
-
-def test_content_under_the_left_padding_is_never_read(family):
-    """Ids under the mask are garbage to be ignored. Catches a mask that is not passed to one of the two forwards."""
-    model, T = tiny_model(family, vocab_size=V), 8
-    uniforms = torch.rand(T, len(PROMPTS))
-    ids, mask, _ = ppo.left_pad(PROMPTS, PAD, "cpu")
-    expected = ppo.rollout(model, ids, mask, uniforms, 1.0, EOS, PAD)
-    garbage = torch.where(mask.bool(), ids, torch.randint(V, ids.shape))
-    for a, b in zip(ppo.rollout(model, garbage, mask, uniforms, 1.0, EOS, PAD), expected):
-        assert torch.equal(a, b)
-
-
-def test_uniforms_are_all_the_randomness():
-    """The same uniforms give the same answers whatever the global generator does, even for a model with dropout in
-    evaluation mode; and the sampler draws nothing from it. Catches hidden randomness, which would break resuming."""
-    model = tiny_model("gpt2", vocab_size=V, dropout=0.5)
-    uniforms = torch.rand(9, len(PROMPTS))
-    torch.manual_seed(1)
-    first = sample(model, PROMPTS, uniforms)
+        probs = (logits.double() / temperature).softmax(-1)
+        above = probs.cumsum(-1)[range(T), answer]
+        below = above - probs[range(T), answer]
+        u = uniforms[:, i].double()
+        assert (below - 1e-5 <= u).all() and (u <= above + 1e-5).all()
+        expected = probs.log()[range(T), answer]
+        torch.testing.assert_close(logprobs[i].double(), expected, atol=1e-5, rtol=1e-5)
+    garbage = torch.where(MASK.bool(), IDS, torch.randint(V, IDS.shape))
     state = torch.random.get_rng_state()
-    torch.manual_seed(1)
-    assert torch.equal(state, torch.random.get_rng_state())
-    torch.manual_seed(2)
-    assert all(torch.equal(a, b) for a, b in zip(first, sample(model, PROMPTS, uniforms)))
+    assert torch.equal(sample(model, uniforms, temperature, [NEVER], ids=garbage)[0], responses)
+    assert torch.equal(torch.random.get_rng_state(), state), "the uniforms are all the randomness"
 
 
-@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+@pytest.mark.parametrize("pad_is_end", [False, True])
+def test_ends_cut_a_row_and_change_nothing_else(family, pad_is_end):
+    """With one end id or several: the answers of a sampler that never stops, cut after the first end. Lengths
+    count the end, come from no comparison with the pad, and the last slot may hold it."""
+    model, T = tiny_model(family, vocab_size=V), 11
+    uniforms = torch.rand(T, B)
+    endless, _, _, all_logprobs = sample(model, uniforms, end_ids=[NEVER])
+    seen = set()
+    last = next(row[-1] for row in endless.tolist() if row[-1] not in row[:-1])
+    for end_ids in ([last], [EOS], [PAD, 5], [4, 9, 11], [0, 7, 8, 23], [NEVER, 3]):
+        pad = end_ids[-1] if pad_is_end else PAD
+        responses, lengths, ended, logprobs = sample(model, uniforms, end_ids=end_ids, pad_id=pad)
+        for i, row in enumerate(endless.tolist()):
+            expected = cut(row, end_ids)
+            n = len(expected)
+            assert lengths[i].item() == n and responses[i].tolist() == expected + [pad] * (T - n)
+            assert ended[i].item() == (expected[-1] in end_ids)
+            assert torch.equal(logprobs[i, :n], all_logprobs[i, :n])
+            seen.add("cut off" if expected[-1] not in end_ids else min(n, 2) if n < T else "last slot")
+    assert seen == {"cut off", "last slot", 1, 2}, "the seed shows too few cases"
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24, 1.0])
 def test_no_token_of_probability_zero_is_ever_sampled(u):
-    """The ends of [0, 1), with the first and the last ids of the vocabulary impossible. Catches a search that picks
-    index 0 at u = 0, or runs past the last possible token when the cumulative sum rounds: one such token in a
-    rollout has a log-prob of -inf and turns the loss to NaN."""
+    """The ends of [0, 1], with the first and last ids impossible: such a token has log-prob -inf. At T = 1, a
+    rollout without a decode step. 1 is what rounding may make of the largest uniform."""
     model = tiny_model("llama", vocab_size=V)
-    hidden = []
-    hook = model.base_model.register_forward_hook(lambda module, inputs, output: hidden.append(output.last_hidden_state[:, -1]))
-    sample(model, PROMPTS[:1], torch.full((1, 1), u))
-    hook.remove()
+    one = dict(ids=IDS[:1], mask=MASK[:1])
+    hidden = model.base_model(IDS[:1]).last_hidden_state[0, -1].detach()
     with torch.no_grad():  # the first and the last 8 ids get a logit far below all others
-        direction = hidden[0][0] / hidden[0][0].norm() ** 2
+        direction = hidden / hidden.norm() ** 2
         head = model.get_output_embeddings().weight
-        head[:8] = -500 * direction
-        head[-8:] = -500 * direction
-    responses, _ = sample(model, PROMPTS[:1], torch.full((1, 1), u))
-    log_p = plain_logits(model, PROMPTS[0])[-1].log_softmax(-1)
-    assert log_p[:8].max() < -200 and log_p[-8:].max() < -200
-    assert 8 <= responses[0, 0].item() < V - 8
+        head[:8] = head[-8:] = -500 * direction
+    responses, lengths, _, logprobs = sample(model, torch.full((1, 1), u), **one)
+    assert plain_logits(model, PROMPTS[0])[-1].log_softmax(-1)[[0, 7, -8, -1]].max() < -200
+    assert responses.shape == (1, 1) and lengths.tolist() == [1]
+    if u < 1:
+        assert 8 <= responses[0, 0].item() < V - 8 and logprobs.item() > -50
+    else:
+        assert responses[0, 0].item() == V - 1  # still an id of the vocabulary
 
 
-def test_a_single_token_can_be_sampled():
-    """--max_new_tokens 1: a rollout without a decode step."""
-    responses, lengths = sample(tiny_model("gpt2", vocab_size=V), PROMPTS, torch.rand(1, len(PROMPTS)))
-    assert responses.shape == (len(PROMPTS), 1) and lengths.eq(1).all()
+@pytest.mark.parametrize("size", [1, 4, 128])
+def test_sample_lays_out_what_was_sampled(size):
+    """For any --rollout_batch_size: the same responses, rows in their order, sequences without left padding,
+    and masks and lengths that fit, also where the pad is an end."""
+    tokenizer = tiny_tokenizer(pad_is_eos=True)
+    model, T = tiny_model("qwen2"), 9
+    args = ppo.Args(max_new_tokens=T, rollout_batch_size=size, temperature=0.9)
+    end_ids = [EOS, *range(100, 115)]
+    batch = ppo.sample(model, tokenizer, [{"prompt_ids": prompt} for prompt in PROMPTS], args, end_ids)
+    torch.manual_seed(0)
+    tiny_model("qwen2")
+    uniforms = torch.rand(T, B)
+    expected = sample(model, uniforms, 0.9, end_ids, EOS)
+    for ours, theirs in zip((batch.responses, batch.response_lengths, batch.ended, batch.logprobs), expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert batch.ended.any() and not batch.ended.all()
+    for i, prompt in enumerate(PROMPTS):
+        n = int(batch.response_lengths[i])
+        real = prompt + batch.responses[i, :n].tolist()
+        assert batch.sequences[i].tolist() == real + [EOS] * (P + T - len(real))
+        assert batch.starts[i] == len(prompt) and batch.lengths[i] == len(real)
+        assert batch.mask[i].tolist() == [1.0] * n + [0.0] * (T - n)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bf16_copy_keeps_what_must_stay_fp32(family, tied):
+    """Buffers (RoPE's frequencies) and the output layer, tied or not; the policy is left alone."""
+    model = tiny_model(family, vocab_size=V, tie_word_embeddings=tied)
+    before = {name: x.clone() for name, x in (*model.state_dict().items(), *model.named_buffers())}
+    copied = ppo.bf16_copy(model)
+    assert all(p.dtype == torch.bfloat16 for p in copied.base_model.parameters())
+    assert torch.equal(copied.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), copied.buffers(), strict=True))
+    for name, x in (*model.state_dict().items(), *model.named_buffers()):
+        assert torch.equal(x, before[name]) and x.dtype == before[name].dtype, name
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert sample(copied, torch.rand(5, B))[3].dtype == torch.float32
+
+
+# ---- On CUDA the decode step is a graph. Without CUDA: the same code, with a graph that is played ----
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph does: note every kernel and its memory, undo what was written, then replay them on
+    the same memory, with every Python number as it was. Refuses what waits for the device or reads the
+    host."""
+
+    HOST = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh", "lift_fresh_copy"}
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.before, self.replays = [], [], 0
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        name = kernel._schema.name.removeprefix("aten::")
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert name not in self.HOST and not by_mask, f"{name} cannot be captured"
+        for parameter, argument in zip(kernel._schema.arguments, args):
+            if parameter.alias_info is not None and parameter.alias_info.is_write:
+                self.before.append((argument, argument.clone()))
+        out = kernel(*args, **(kwargs or {}))
+        self.kernels.append((kernel, args, kwargs or {}, out))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, old in reversed(self.before):
+            tensor.copy_(old)
+
+    def replay(self):
+        self.replays += 1
+        for kernel, args, kwargs, out in self.kernels:
+            new = kernel(*args, **kwargs)
+            for a, b in zip([out], [new]) if isinstance(out, torch.Tensor) else zip(out, new):
+                if isinstance(a, torch.Tensor) and a.data_ptr() != b.data_ptr():  # else a view, or in place
+                    a.copy_(b)
+
+
+class OnCuda(TorchFunctionMode):
+    """All tensors say that they are on CUDA."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return True if function == torch.Tensor.is_cuda.__get__ else function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("T", [4, 16])
+def test_a_replayed_decode_step_equals_the_step(family, T, monkeypatch):
+    """Recorded once and replayed, it writes exactly what the loop writes, and never asks the host. A counter
+    in Python, a tensor that is replaced instead of changed, or a shape that depends on data breaks it."""
+    graphs = []
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        graphs.append(graph)
+        with graph:
+            yield
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Recorder, graph=capture)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    model = tiny_model(family, vocab_size=V)
+    for end_ids in ([NEVER], [EOS, 7]):
+        uniforms = torch.rand(T, B)
+        expected = sample(model, uniforms, 0.7, end_ids)
+        assert not graphs
+        with OnCuda():
+            got = sample(model, uniforms, 0.7, end_ids)
+        for name, a, b in zip(("responses", "lengths", "ended", "log-probs"), got, expected):
+            assert torch.equal(a, b), name
+        graph = graphs.pop()
+        assert graph.replays in {T - 3, 8 - 2} and len(graph.kernels) > 20
+
+
+def test_the_loop_asks_the_host_every_8_steps():
+    """On CUDA each question costs a wait for the device: one `ended.all()` in 8 tokens, which ends the
+    loop."""
+    asked = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+            asked.extend({kernel._schema.name.removeprefix("aten::")} & Recorder.HOST)
+            return kernel(*args, **(kwargs or {}))
+
+    model = tiny_model("llama", vocab_size=V)
+    model.get_output_embeddings().register_forward_hook(lambda *_: asked.append("step"))
+    with Count():
+        sample(model, torch.rand(34, B), end_ids=[NEVER])
+        asked = asked[asked.index("step") :]
+        assert asked.count("step") == 34 and len(asked) - 34 == 4
+        asked.clear()
+        sample(model, torch.rand(34, B), end_ids=range(V))
+    assert asked.count("step") == 9, "a rollout that goes on when all responses have ended"

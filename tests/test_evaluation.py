@@ -1,0 +1,140 @@
+"""What a run of stage 3 leaves behind: eval.jsonl and samples.jsonl checked by hand, and all that is
+saved."""
+
+import pytest
+import torch
+import transformers
+from conftest import EOS, PAD, ppo_flags, read_jsonl, tiny_model, tiny_reward_model, tiny_tokenizer
+from safetensors.torch import load_file
+
+import ppo_rlhf as ppo
+
+T, B = 7, 4
+ENDS = [EOS, *range(60, 80)]  # by the generation config: about half of the responses end
+TEST = ["a", "bcd efg", "What?", "Say it", "x y", "ghi", "Why so long?", "j", "k"]  # two batches and one row
+
+
+def run(folder, **overrides):
+    """main() on tiny models -> (args, scores of each rollout that its rewards were made of, its batches)."""
+    tokenizer = tiny_tokenizer()
+    policy = tiny_model("gpt2")
+    sampled = dict(do_sample=True, top_k=3, repetition_penalty=2.0)
+    policy.generation_config = transformers.GenerationConfig(eos_token_id=ENDS, **sampled)
+    judge = tiny_reward_model("gpt2")
+    flags = ppo_flags(folder, policy, judge, tokenizer, ["q", "rs", "tuv", "w"] * 2, TEST)
+    flags |= dict(max_new_tokens=T, total_episodes=5 * B, batch_size=B, num_mini_batches=2)
+    flags |= dict(per_device_train_batch_size=3, learning_rate=3e-3, eval_steps=2, temperature=0.8, seed=3)
+    args = ppo.Args(**(flags | overrides))
+    seen, real = [], {name: getattr(ppo, name) for name in ("sample", "score", "penalized_rewards")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real:
+            spy = lambda *a, name=name: seen.append((name, a, real[name](*a))) or seen[-1][2]
+            patch.setattr(ppo, name, spy)
+        ppo.main(args)
+    return args, seen
+
+
+def generate(path, args):
+    """The responses to TEST by hand: each prompt alone, with the uniforms of its place in its batch."""
+    model, tokenizer = ppo.load_pretrained(transformers.AutoModelForCausalLM, path)
+    torch.manual_seed(args.seed)
+    responses = []
+    for start in range(0, len(TEST), B):
+        prompts = TEST[start : start + B]
+        for prompt, u in zip(prompts, torch.rand(T, len(prompts)).T):
+            ids = torch.tensor([tokenizer(f"Q: {prompt}\nA:").input_ids])
+            ends = torch.tensor(ENDS)
+            out = ppo.rollout(model, ids, torch.ones_like(ids), u[:, None], args.temperature, ends, PAD)
+            responses.append((ids[0].tolist(), out[0][0, : out[1][0]].tolist()))
+    return responses
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, *run(folder)
+
+
+def test_eval_by_hand(trained):
+    """More held-out prompts than --batch_size. Beside every prompt, in the order of the file, stand the
+    responses of the SFT model and of the saved one to it, sampled with the same random numbers, without
+    special tokens, each with its own score in units of the first rollout, without penalties."""
+    folder, args, _ = trained
+    judge = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward_model_path)
+    judge.config.pad_token_id = None
+    mean, std = load_file(folder / "ppo/value_head.safetensors")["score_scale"].tolist()
+    rows = read_jsonl(folder / "ppo/eval.jsonl")
+    assert [row["prompt"] for row in rows] == TEST
+    tokenizer = tiny_tokenizer()
+    for name, path in (("sft", args.sft_model_path), ("ppo", args.output_dir)):
+        for row, (prompt, response) in zip(rows, generate(path, args), strict=True):
+            assert row[name] == tokenizer.decode(response, skip_special_tokens=True)
+            with torch.no_grad():
+                raw = judge(torch.tensor([prompt + response])).logits.item()
+            assert row[f"{name}_score"] == pytest.approx((raw - mean) / std, abs=1e-4)
+    assert rows[0].keys() == {"prompt", "sft", "sft_score", "ppo", "ppo_score"}
+    assert sum(row["sft"] != row["ppo"] for row in rows) > 3, "nothing was trained: the test shows nothing"
+
+
+def test_samples_by_hand(trained):
+    """At the first, the last and every other update: four prompts, each with its response as it was sampled,
+    end included, its score with penalties and its KL."""
+    folder, args, seen = trained
+    sampled = [(a, result) for name, a, result in seen if name == "sample"]
+    rewarded = [a for name, a, _ in seen if name == "penalized_rewards"]
+    expected = []
+    for update in (1, 2, 4, 5):
+        (_, _, rows, *_), batch = sampled[update - 1]
+        scores, kl, mask, _ = rewarded[update - 1]
+        for i in range(4):
+            n = int(batch.response_lengths[i])
+            response = tiny_tokenizer().decode(batch.responses[i, :n])
+            figures = dict(score=scores[i].item(), kl=kl[i, :n].sum().item())
+            figures = {name: pytest.approx(x, abs=1e-5) for name, x in figures.items()}
+            expected.append({"update": update, "prompt": rows[i]["prompt"], "response": response, **figures})
+    assert read_jsonl(folder / "ppo/samples.jsonl") == expected
+
+
+def test_what_is_saved(trained):
+    """A folder that stock `generate` samples from as it was trained: every end id, no top-k, no penalties;
+    the chat template; the value head with the unit of its values, the mean and unbiased deviation of the
+    first scores."""
+    folder, args, seen = trained
+    config = transformers.GenerationConfig.from_pretrained(folder / "ppo")
+    assert sorted(config.eos_token_id) == ENDS and config.pad_token_id == PAD and config.do_sample is True
+    assert config.top_k == 0 and config.top_p == 1.0 and config.temperature == args.temperature
+    assert config.repetition_penalty in (None, 1.0) and config.max_new_tokens == T
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "ppo")
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+    head = load_file(folder / "ppo/value_head.safetensors")
+    state = torch.load(folder / "ppo/checkpoint/state.pt", weights_only=True)["model"]
+    assert head["weight"].any() and torch.equal(head["weight"], state["value_head.weight"])
+    assert torch.equal(head["bias"], state["value_head.bias"])
+    raw = next(result for name, _, result in seen if name == "score").double()
+    assert head["score_scale"].tolist() == pytest.approx([raw.mean().item(), raw.std(correction=1).item()])
+
+
+def test_a_rule_that_looks_at_the_row(tmp_path, monkeypatch):
+    """--reward_model_path "" and a reward_fn that looks at `rows`: in training and in eval.jsonl each
+    response is judged by its own row."""
+
+    def rule(reward_model, tokenizer, sequences, starts, lengths, rows):
+        assert reward_model is None
+        spans = zip(sequences, starts, lengths)
+        texts = [tokenizer.decode(ids[a:b], skip_special_tokens=True) for ids, a, b in spans]
+        prompts = [tokenizer.decode(ids[:a]) for ids, a in zip(sequences, starts)]
+        assert prompts == [f"Q: {row['prompt']}\nA:" for row in rows]
+        return torch.tensor([hand(text, row["prompt"]) for row, text in zip(rows, texts)])
+
+    def hand(text, prompt):
+        return len(text) + 10.0 * ord(prompt[-1])
+
+    monkeypatch.setattr(ppo, "reward_fn", rule)
+    run(tmp_path, reward_model_path="", total_episodes=B, learning_rate=1e-9)
+    mean, std = load_file(tmp_path / "ppo/value_head.safetensors")["score_scale"].tolist()
+    rows = read_jsonl(tmp_path / "ppo/eval.jsonl")
+    for row in rows:
+        assert row["sft"] == row["ppo"] and row["sft_score"] == row["ppo_score"]  # nothing was learned
+        expected = (hand(row["sft"], row["prompt"]) - mean) / std
+        assert row["sft_score"] == pytest.approx(expected, abs=1e-3)
+    assert len({row["sft_score"] for row in rows}) > 4

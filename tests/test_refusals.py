@@ -1,0 +1,249 @@
+"""A user's mistake ends a run with status 2 and one line that names it, before anything is written."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import REPOSITORY, read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
+
+import ppo_rlhf
+import reward_model
+import sft
+
+STAGES = {"sft": sft, "reward_model": reward_model, "ppo_rlhf": ppo_rlhf}
+EVERY = tuple(STAGES)
+TRAINED, PPO = EVERY[:2], EVERY[2:]
+ROW = {"prompt": "Hi", "completion": "Hello", "chosen": "good", "rejected": "bad"}
+LAST = {"sft": "completion", "reward_model": "rejected", "ppo_rlhf": "prompt"}
+
+
+def main(stage, **other):
+    flags = {"dataset_name": "data", "output_dir": "out", "per_device_train_batch_size": 2}
+    if stage == "ppo_rlhf":
+        flags |= {"sft_model_path": other.pop("model_name_or_path", "base"), "reward_model_path": "rm"}
+        flags |= {"total_episodes": 8, "batch_size": 4, "num_mini_batches": 2}
+    else:
+        flags |= {"model_name_or_path": "base", "max_steps": 2}
+    if stage != "reward_model":
+        flags["max_new_tokens"] = 4
+    STAGES[stage].main(STAGES[stage].Args(**flags | other))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Models and data without a mistake."""
+    folder = tmp_path_factory.mktemp("good")
+    save(tiny_model("gpt2"), tiny_tokenizer(), folder / "base")
+    save(tiny_reward_model("gpt2"), tiny_tokenizer(), folder / "rm")
+    for split in ("train", "test"):
+        write_jsonl(folder / f"data/{split}.jsonl", [ROW] * 4)
+    return folder
+
+
+@pytest.fixture
+def world(good, tmp_path, monkeypatch):
+    """A copy of them, as the working directory."""
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- Ways to spoil what a stage reads; each is called with the folder and the stage's name ----
+
+
+def rows(make):
+    """Other rows, made of a good one and the stage's last column, in both splits: one schema."""
+
+    def spoil(folder, stage):
+        content = make(ROW, LAST[stage])
+        lines = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        for split in ("train", "test"):
+            (folder / f"data/{split}.jsonl").write_text(lines)
+
+    return spoil
+
+
+def last(value):
+    """The last column is something else, in the second of three rows, or in all to be of one type."""
+    everywhere = not isinstance(value, str | None)
+    return rows(lambda row, name: [{**row, name: value} if everywhere or i == 1 else row for i in range(3)])
+
+
+def without(row, name):
+    """Neither the column nor another that would do in its place."""
+    return [{"prompt": "Hi"} if name != "prompt" else {"completion": "Hello"}] * 2
+
+
+def no_eos(folder, stage):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder / "base")
+
+
+def model(make, name="base"):
+    return lambda folder, stage: save(make(), tiny_tokenizer(), folder / name)
+
+
+def scaled(folder, stage):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 258, "initializer_range": 1.0}
+    config = transformers.Gemma2Config(**sizes, final_logit_softcapping=5.0)
+    model(lambda: transformers.AutoModelForCausalLM.from_config(config))(folder, stage)
+
+
+def with_bias():
+    changed = tiny_reward_model("gpt2")
+    changed.score = torch.nn.Linear(32, 1)
+    return changed
+
+
+def shift_ids(folder, stage):
+    """The letters of the reward model's tokenizer have other ids."""
+    path = folder / "rm/tokenizer.json"
+    other = json.loads(path.read_text())
+    pad, eos, first, *letters = sorted(other["model"]["vocab"], key=other["model"]["vocab"].get)
+    other["model"]["vocab"] = {token: i for i, token in enumerate([pad, eos, *letters, first])}
+    path.write_text(json.dumps(other))
+
+
+def used(folder, stage):
+    write_jsonl(folder / "out/metrics.jsonl", [{"step": 1}])
+
+
+def missing(name):
+    return lambda folder, stage: (folder / name).unlink()
+
+
+def edit(name, **changes):
+    def spoil(folder, stage):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def finished(folder, stage):
+    main(stage)
+
+
+nothing = None
+CASES = {  # name: (stages, what is spoilt, flags, words of the message)
+    "no SFT model yet": (EVERY[1:], nothing, {"model_name_or_path": "runs/sft"}, "runs/sft"),
+    "no reward model yet": (PPO, nothing, {"reward_model_path": "runs/rm"}, "runs/rm"),
+    "output_dir in use": (EVERY, used, {}, "out is not empty"),
+    "output_dir is the input": (EVERY, nothing, {"output_dir": "base"}, "base is the folder of an input"),
+    "... with --overwrite": (EVERY, nothing, {"output_dir": "./base/", "overwrite": True}, "input"),
+    "output_dir is the reward model": (PPO, nothing, {"output_dir": "rm", "overwrite": True}, "input"),
+    "no data set": (EVERY, nothing, {"dataset_name": "nowhere"}, "nowhere"),
+    "no split": (EVERY, nothing, {"dataset_train_split": "trian"}, "trian"),
+    "no test split": (EVERY, missing("data/test.jsonl"), {}, "split test"),
+    "not JSON": (EVERY, rows(lambda row, name: json.dumps(row) + '\n{"prompt":\n'), {}, "data"),
+    "no rows": (EVERY, rows(lambda row, name: []), {}, "data"),
+    "column missing": (EVERY, rows(without), {}, "row 1"),
+    "column empty": (EVERY, last(""), {}, "row 2"),
+    "column null": (EVERY, last(None), {}, "row 2"),
+    "column of numbers": (EVERY, last(3), {}, "row 1"),
+    "column of objects": (EVERY, last({"text": "Hi"}), {}, "row 1"),
+    "messages without content": (EVERY, last([{"role": "user", "content": None}]), {}, "row 1"),
+    "messages without roles": (EVERY, last([{"content": "Hi"}]), {}, "row 1"),
+    "no messages": (EVERY, last([]), {}, "row 1"),
+    "all too long": (TRAINED, nothing, {"max_length": 3}, "max_length"),
+    "all prompts too long": (PPO, nothing, {"max_prompt_length": 3}, "max_prompt_length"),
+    "no pair differs": (EVERY[1:2], rows(lambda row, name: [{**row, name: "good"}]), {}, "pairs"),
+    "beyond the context": (EVERY, rows(lambda row, name: [{**row, "prompt": "x" * 120}]), {}, "context"),
+    "beyond the context, sampled": (PPO, nothing, {"max_new_tokens": 90}, "context"),
+    "no episodes of that number": (PPO, nothing, {"total_episodes": 10}, "--total_episodes"),
+    "no minibatches of that number": (PPO, nothing, {"num_mini_batches": 3}, "--num_mini_batches"),
+    "temperature 0": (PPO, nothing, {"temperature": 0.0}, "--temperature"),
+    "beta below 0": (PPO, nothing, {"beta": -0.1}, "--beta"),
+    "learning rate below 0": (EVERY, nothing, {"learning_rate": -1e-3}, "--learning_rate"),
+    "learning rate of 1": (EVERY, nothing, {"learning_rate": 1.0}, "--learning_rate"),
+    "learning rate NaN": (EVERY, nothing, {"learning_rate": math.nan}, "--learning_rate"),
+    "no EOS": (EVERY, no_eos, {}, "EOS"),
+    "another tokenizer": (PPO, shift_ids, {}, "tokenizer"),
+    "a weight missing": (EVERY, edit("base/config.json", n_layer=3), {}, "h.2."),
+    "a weight left over": (EVERY, edit("base/config.json", n_layer=1), {}, "h.1."),
+    "a classifier as model": (EVERY, model(lambda: tiny_reward_model("gpt2")), {}, "score.weight"),
+    "a language model as reward": (PPO, model(lambda: tiny_model("gpt2"), "rm"), {}, "score.weight"),
+    "a reward head with a bias": (PPO, model(with_bias, "rm"), {}, "score.bias"),
+    "scaled logits": (EVERY, scaled, {}, "gemma2"),
+    "a changed flag": (EVERY, finished, {"resume": True, "seed": 5}, "--seed 5"),
+    "a prompt template without a slot": (("sft",), nothing, {"prompt_template": "Hi"}, "{prompt}"),
+    "a batch of none": (EVERY, nothing, {"per_device_train_batch_size": 0}, "--per_device_train_batch_size"),
+}
+
+
+@pytest.mark.parametrize("name, stage", [(name, stage) for name, case in CASES.items() for stage in case[0]])
+def test_refused(name, stage, world, capsys):
+    """One line on stderr, status 2, and no file has changed."""
+    _, spoil, other, words = CASES[name]
+    if spoil:
+        spoil(world, stage)
+    before = tree(world)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(stage, **other)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert words in error
+    assert tree(world) == before
+
+
+@pytest.mark.parametrize(
+    "line, words", [("ppo_rlhf.py --betta 0.1", "--betta"), ("reward_model.py", "runs/sft")]
+)
+def test_by_command(line, words, tmp_path):
+    """A mistyped flag, and a stage before its time: the same on the command line, without a traceback."""
+    script, *given = line.split()
+    command = [sys.executable, REPOSITORY / script, *given]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("stage", EVERY)
+def test_a_loss_that_is_not_finite(stage, world, monkeypatch, capsys):
+    """Nothing is stepped, the last checkpoint and the figures until then stand, and --resume goes on from
+    there."""
+    other = {"save_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4}
+    other |= {"total_episodes": 20} if stage == "ppo_rlhf" else {"max_steps": 5}
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    third = (
+        3 if stage != "ppo_rlhf" else 2 * 2 * 2 + 2
+    )  # of two passes over two minibatches; not an update's first
+
+    def clip_grad_norm_(parameters, *limit):
+        parameters = list(parameters)
+        calls.append(0)
+        if len(calls) == third:
+            next(p for p in parameters if p.grad is not None).grad[0] = math.nan
+        return clip(parameters, *limit)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
+        main(stage, **other)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and " 3: " in error and "--resume" in error and error.count("\n") == 1
+    assert [row.get("step", row.get("update")) for row in read_jsonl(world / "out/metrics.jsonl")] == [1, 2]
+    state = torch.load(world / "out/checkpoint/state.pt")
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert not (world / "out/config.json").exists()
+    main(stage, **other, resume=True)
+    main(stage, **other | {"output_dir": "whole"})
+    assert (world / "out/model.safetensors").read_bytes() == (world / "whole/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_max_steps_of_minus_1_are_none(stage, world):
+    """As elsewhere, -1 leaves it to the epochs. Catches an untrained model that is saved as a trained one."""
+    main(stage, max_steps=-1, num_train_epochs=3)
+    assert len(read_jsonl("out/metrics.jsonl")) == 6
