@@ -1,14 +1,17 @@
-"""What the benchmarks on the shipped task share: a stage that is run once, and a policy judged on the held-out prompts."""
+"""What the benchmarks on the shipped task share: stages that are run once, and the judging of policies."""
 
+import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -18,20 +21,33 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark/results"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import judge as gold_judge  # noqa: E402
+
 import ppo_rlhf  # noqa: E402
-from judge import judge  # noqa: E402
 
-ppo_rlhf.transformers.logging.set_verbosity_error(), ppo_rlhf.transformers.logging.disable_progress_bar()
-BASELINES = ROOT / "runs/shipped_task"  # seed1/{sft,reward_model} and so on: where shipped_task.py leaves them
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000"]  # Okabe and Ito's, without yellow
-
-
+ppo_rlhf.transformers.logging.set_verbosity_error()
+ppo_rlhf.transformers.logging.disable_progress_bar()
+BASELINES = ROOT / "runs/shipped_task"  # seed1/{sft,reward_model} and so on
 # Student's t for 95% intervals of a mean, by the number of values (seeds)
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def run_once(folder, command, threads=None):
-    """Run a command whose output is `folder`, unless `folder` says that it is done. A stage that was stopped goes on."""
+# ---- Running ----
+
+
+def keep_checkpoint(folder):
+    """Keep the newest checkpoint of a run as a hard link, which costs nothing while the run goes on."""
+    state = folder / "checkpoint/state.pt"
+    if state.exists():
+        link = folder / f"kept/{state.stat().st_ino}.link"
+        link.parent.mkdir(exist_ok=True)
+        if not link.exists():
+            os.link(state, link)
+
+
+def run_once(folder, command, threads=None, keep=False):
+    """Run a command whose output is `folder`, unless that is done -> seconds. A stopped stage goes on.
+    keep: its checkpoints are copied as it goes, for `checkpoints` below."""
     folder = Path(folder)
     done = folder / "wall_seconds"
     if not done.exists():
@@ -39,33 +55,62 @@ def run_once(folder, command, threads=None):
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
         start = time.time()
         with open(folder.parent / f"{folder.name}.log", "w") as log:
-            if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=log, stderr=log).returncode:
-                raise SystemExit(f"{log.name}: {Path(log.name).read_text().strip().splitlines()[-1]}")
+            words = [sys.executable, *map(str, command)]
+            process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
+            while process.poll() is None:
+                time.sleep(0.2)
+                if keep:
+                    keep_checkpoint(folder)
+        if process.returncode:
+            raise SystemExit(f"{log.name}: {Path(log.name).read_text().strip().splitlines()[-1]}")
+        for link in folder.glob("kept/*.link"):
+            state = torch.load(link, map_location="cpu", weights_only=True)
+            policy = {name[7:]: x for name, x in state["model"].items() if name.startswith("policy.")}
+            torch.save(policy, folder / f"kept/{state['progress'][0]:06d}.pt")
+            link.unlink()
         done.write_text(str(time.time() - start))
     return float(done.read_text())
 
 
-def run_all(jobs, parallel, name):
-    """run_once for each (folder, command) of jobs, `parallel` at a time on an equal share of the cores, under a progress bar.
-
-    Two single-threaded runs on two cores get about a third more done than one after the other with two threads each."""
+def run_all(jobs, parallel, name, keep=False):
+    """run_once for each (folder, command) of jobs, `parallel` at a time on an equal share of the cores.
+    Two single-threaded runs on two cores get about a third more done than two after each other."""
     threads = max(1, (os.cpu_count() or 1) // parallel)
     with ThreadPoolExecutor(parallel) as pool:
-        list(tqdm(pool.map(lambda job: run_once(*job, threads), jobs), desc=name, total=len(jobs)))
+        runs = pool.map(lambda job: run_once(*job, threads, keep), jobs)
+        list(tqdm(runs, desc=name, total=len(jobs)))
+
+
+def checkpoints(run):
+    """(update, weights of the policy) of the checkpoints that a PPO run kept, in order."""
+    for path in sorted(Path(run).glob("kept/*.pt")):
+        yield int(path.stem), torch.load(path, map_location="cpu", weights_only=True)
 
 
 def baselines(folder, seeds, parallel):
-    """SFT and reward model of each seed, made by default flags where they are not yet there."""
-    for script, name in (("sft.py", "sft"), ("reward_model.py", "reward_model")):
-        run_all([(folder / f"seed{seed}" / name, [script, "--seed", seed, "--output_dir", folder / f"seed{seed}" / name, "--resume",
-                  *(["--model_name_or_path", folder / f"seed{seed}/sft"] if name == "reward_model" else [])])
-                 for seed in seeds], parallel, name)  # fmt: skip
+    """SFT and reward model of each seed, made with default flags where they are missing."""
+    for script in ("sft", "reward_model"):
+        jobs = []
+        for base, seed in ((folder / f"seed{seed}", seed) for seed in seeds):
+            start = {"model_name_or_path": base / "sft"} if script == "reward_model" else {}
+            if not (base / script / "config.json").exists():
+                jobs.append(job(base / script, f"{script}.py", seed=seed, **start))
+        run_all(jobs, parallel, script)
 
 
-def ppo_job(folder, base, seed, *flags):
-    """(folder, command) of a PPO run from the SFT and reward model in `base`."""
-    return folder, ["ppo_rlhf.py", "--seed", seed, "--output_dir", folder, "--sft_model_path", base / "sft",
-                    "--reward_model_path", base / "reward_model", "--resume", *flags]  # fmt: skip
+def job(folder, script, *words, **flags):
+    """(folder, command) of a stage that goes on where it was stopped."""
+    flags = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    return folder, [script, "--output_dir", folder, "--resume", *flags, *words]
+
+
+def ppo_job(folder, base, seed, *words, script="ppo_rlhf.py", **flags):
+    """The same of a PPO run from the models in `base`. Of a flag that is given twice the last counts."""
+    models = {"sft_model_path": base / "sft", "reward_model_path": base / "reward_model"}
+    return job(folder, script, *words, seed=seed, **{**models, **flags})
+
+
+# ---- Judging ----
 
 
 def read_jsonl(path):
@@ -77,11 +122,13 @@ def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def load(base):
-    """(reference, reward model, tokenizer) of the folder with sft/ and reward_model/, as ppo_rlhf.py loads them."""
-    reference, tokenizer = ppo_rlhf.load_model(AutoModelForCausalLM, str(base / "sft"), "sft")
-    reward_model, _ = ppo_rlhf.load_model(AutoModelForSequenceClassification, str(base / "reward_model"), "reward_model")
-    return reference.eval(), reward_model.eval(), tokenizer
+def cached(path, make, *arguments):
+    """Rows of the file `path`, made and written if it is not there."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        write_jsonl(part, make(*arguments))
+        part.replace(path)
+    return read_jsonl(path)
 
 
 def held_out(limit=None):
@@ -89,48 +136,140 @@ def held_out(limit=None):
     return [row["prompt"] for row in read_jsonl(ROOT / "data/prompts/test.jsonl")][:limit]
 
 
+def load_policy(folder):
+    return ppo_rlhf.load_pretrained(AutoModelForCausalLM, str(folder))[0].eval()
+
+
+def load_reward_model(folder):
+    return ppo_rlhf.load_pretrained(AutoModelForSequenceClassification, str(folder))[0].eval()
+
+
+def load(base, reward_model=None):
+    """Reference, reward model and tokenizer of a folder with sft/ and reward_model/, and the scale of
+    scores: mean and standard deviation over SFT responses to the held-out prompts."""
+    reference, tokenizer = ppo_rlhf.load_pretrained(AutoModelForCausalLM, str(base / "sft"))
+    reward_model = load_reward_model(reward_model or base / "reward_model")
+    models = SimpleNamespace(reference=reference.eval(), tokenizer=tokenizer, mean=0.0, std=1.0)
+    models.reward_model = reward_model
+    scores = [row["score"] for row in respond(reference, models, held_out() * 2, seed=0)]
+    models.mean = statistics.mean(scores)
+    models.std = statistics.stdev(scores)
+    return models
+
+
 @torch.no_grad()
-def answers(policy, reference, reward_model, tokenizer, texts, seed, temperature=0.7, max_new_tokens=64):
-    """One sampled answer to each of `texts`, judged -> rows with prompt, response, score (the reward model's, in standard
-    deviations), kl (nats, against the reference), length (tokens, EOS included), ended and gold (the judge's, at most 4)."""
-    policy.eval()
-    generator, rows = torch.Generator().manual_seed(seed), []
+def respond(policy, models, texts, seed):
+    """A sampled response to each text, with the same luck for every policy -> rows with prompt, response,
+    score (in the models' scale), kl (nats), length (tokens), ended, gold (the judge's score, at most 4),
+    garbled."""
+    args = ppo_rlhf.Args()
+    tokenizer = models.tokenizer
+    end_ids = ppo_rlhf.find_end_ids(models.reference, tokenizer)
+    torch.manual_seed(seed)
+    found = []
     for start in range(0, len(texts), 128):
-        chunk = texts[start : start + 128]
-        ids = [ppo_rlhf.encode(tokenizer, ppo_rlhf.Args.prompt_template, text)[0] for text in chunk]
-        prompts, prompt_mask, prompt_lengths = ppo_rlhf.left_pad(ids, tokenizer.pad_token_id, policy.device)
-        uniforms = torch.rand(max_new_tokens, len(chunk), generator=generator)  # [T, b] the same luck for every policy
-        responses, lengths = ppo_rlhf.rollout(policy, prompts, prompt_mask, uniforms, temperature, tokenizer.eos_token_id,
-                                              tokenizer.pad_token_id)  # fmt: skip
-        mask = (torch.arange(max_new_tokens) < lengths[:, None]).float()  # [b, T]
-        sequences = ppo_rlhf.roll_left(prompts, responses, prompt_lengths)  # [b, P+T]
-        logprobs = []
-        for model in (policy, reference):
-            states = ppo_rlhf.response_states(model, sequences, prompt_lengths, max_new_tokens)  # [b, T, d]
-            logprobs.append(ppo_rlhf.logprobs(model.get_output_embeddings()(states) / temperature, responses) * mask)  # [b, T]
-        kl = (logprobs[0] - logprobs[1]).sum(1).tolist()
-        scores = ppo_rlhf.reward_fn(reward_model, tokenizer, sequences, prompt_lengths, prompt_lengths + lengths).tolist()
-        for i, text in enumerate(chunk):
-            response = tokenizer.decode(responses[i, : lengths[i]], skip_special_tokens=True).strip()
-            rows.append({"prompt": text, "response": response, "score": scores[i], "kl": kl[i], "length": lengths[i].item(),
-                         "ended": responses[i, lengths[i] - 1].item() == tokenizer.eos_token_id,
-                         "gold": judge(text, response)["score"]})  # fmt: skip
+        rows = [{"prompt": text} for text in texts[start : start + 128]]
+        for row in rows:
+            chat = [{"role": "user", "content": row["prompt"]}]
+            row["prompt_ids"] = ppo_rlhf.render(tokenizer, row, chat, add_generation_prompt=True)
+        batch = ppo_rlhf.sample(policy, tokenizer, rows, args, end_ids)
+        inputs = (batch.sequences, batch.starts, batch.responses, args.temperature)
+        logprobs, ref_logprobs = (ppo_rlhf.forward(m, *inputs)[0] for m in (policy, models.reference))
+        scores = ppo_rlhf.score(models.reward_model, tokenizer, batch, rows, 64)  # [b]
+        columns = {
+            "prompt": [row["prompt"] for row in rows],
+            "response": tokenizer.batch_decode(batch.responses, skip_special_tokens=True),
+            "score": ((scores - models.mean) / models.std).tolist(),
+            "kl": ((logprobs - ref_logprobs) * batch.mask).sum(1).tolist(),
+            "length": batch.response_lengths.tolist(),
+            "ended": batch.ended.tolist(),
+        }
+        found += [dict(zip(columns, values)) for values in zip(*columns.values())]
+    for row in found:
+        verdict = gold_judge.judge(row["prompt"], row["response"])
+        row.update(gold=verdict["score"], garbled=verdict["garbled"])
+    return found
+
+
+def average(rows, keys=("gold", "score", "kl", "length", "ended", "garbled")):
+    """Their means."""
+    return {key: mean(row[key] for row in rows) for key in keys}
+
+
+def win_rate(rows, others):
+    """Share of prompts on which the first response is worth more; a tie is half a win."""
+    return mean((a["gold"] > b["gold"]) + (a["gold"] == b["gold"]) / 2 for a, b in zip(rows, others))
+
+
+def along(run, models, texts, samples, seed=0):
+    """Rows of means for the SFT model (update 0) and each kept checkpoint of a PPO run."""
+    rows = []
+    policy = load_policy(run)
+    sft = None
+    for update, weights in [(0, models.reference.state_dict()), *checkpoints(run)]:
+        policy.load_state_dict(weights)
+        found = respond(policy, models, texts * samples, seed)
+        sft = sft or found
+        scores, golds = ([row[key] for row in found] for key in ("score", "gold"))
+        row = {"update": update, "episodes": update * ppo_rlhf.Args.batch_size, "responses": len(found)}
+        row |= {"win_rate": win_rate(found, sft), "rank_correlation": gold_judge.spearman(scores, golds)}
+        rows.append({**row, **average(found)})
     return rows
 
 
-def checkpoints(run):
-    """{update: policy's state_dict} of the checkpoints that a PPO run kept (--save_total_limit), in order."""
-    paths = sorted(Path(run).glob("checkpoint/*.pt"), key=lambda path: int(path.stem.partition("-")[0]))
-    for path in paths:
-        yield int(path.stem.partition("-")[0]), torch.load(path, map_location="cpu", weights_only=True)["policy"]
-
-
-def half_width(values):
-    """Of the 95% interval of the values' mean, by Student's t; NaN where there is none in the table, as with one value."""
-    n = len(values)
-    return T_975[n] * statistics.stdev(values) / math.sqrt(n) if n in T_975 else math.nan
+# ---- Statistics and tables ----
 
 
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
+
+
+def half_width(values):
+    """Of the 95% interval of the values' mean, by Student's t over seeds; NaN where there is none."""
+    n = len(values)
+    return T_975[n] * statistics.stdev(values) / math.sqrt(n) if n in T_975 else math.nan
+
+
+def spread(values, form=".2f"):
+    """Mean and range."""
+    values = list(values)
+    text = f"{mean(values):{form}}"
+    return text + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else "")
+
+
+def interval(values, form="+.2f"):
+    """Mean and 95% interval."""
+    half = half_width(values)
+    text = f"{mean(values):{form}}"
+    low, high = mean(values) - half, mean(values) + half
+    return text if math.isnan(half) else f"{text} [{low:{form}}, {high:{form}}]"
+
+
+def print_table(titles, rows):
+    """As Markdown."""
+    for cells in (titles, ["---"] * len(titles), *rows):
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def parser(doc):
+    """With the flags that all have."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--parallel", type=int, default=2, help="runs at a time, on an equal share of the cores")
+    add("--limit", type=int, help="held-out prompts; all by default")
+    add("--base_dir", type=lambda x: Path(x).resolve(), default=BASELINES, help="seed1/{sft,reward_model}")
+    add("--output_dir", type=Path, default=RESULTS)
+    return found
+
+
+def make_copy(folder, patches):
+    """A copy of ppo_rlhf.py with patches of this folder (forks/NAME or ablations/NAME) -> its path."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "ppo_rlhf.py", folder)
+    for name in patches:
+        patch = ROOT / f"benchmark/{name}.patch"
+        subprocess.run(["patch", "-s", "-p1", "-i", patch], cwd=folder, check=True)
+    return folder / "ppo_rlhf.py"

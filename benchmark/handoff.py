@@ -1,11 +1,11 @@
-"""The way out to larger engines: TRL takes the folders of runs/ as they are, and scores our rollouts to the same numbers.
+"""The way to larger engines: TRL takes the folders of runs/ as they are, and gives the same scores.
 
-    python benchmark/handoff.py --trl_python /path/to/trl_env/bin/python [--sft runs/sft --reward_model runs/reward_model]
+    python benchmark/handoff.py --trl_python /path/to/trl_env/bin/python [--base_dir runs]
 
-TRL 1.12.0 lives in an environment of its own (benchmark/requirements.txt says which). Here: answers to the held-out prompts,
-sampled and scored with ppo_rlhf.py's own functions. There: TRL's PPO scores the same answers (`get_reward`) and trains for
-three updates; its GRPO and RLOO trainers, which run on accelerate, DeepSpeed and FSDP, train for two steps each, with the
-SFT folder as the model and the reward folder as the reward. Exit status 1 if a score differs by more than 1e-4.
+Here: responses to the held-out prompts, sampled and scored with ppo_rlhf.py's own functions. There, in TRL's
+environment (benchmark/requirements.txt): TRL's PPO scores the same responses (`get_reward`) and trains for
+three updates; its GRPO and RLOO trainers, which run on accelerate, DeepSpeed and FSDP, train for two steps
+each. Exit status 1 if a score differs by more than 1e-4.
 """
 
 import argparse
@@ -16,27 +16,31 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 
+def ours(base):
+    """Sample and score responses to the test prompts -> what the child needs, as plain lists."""
+    import common
 
-def ours(args):
-    """Roll out and score the test prompts -> what the child needs, as plain lists."""
-    sys.path.insert(0, str(ROOT))
-    import ppo_rlhf as ppo
-    import torch
+    import ppo_rlhf
 
-    policy, tokenizer = ppo.load_model(ppo.AutoModelForCausalLM, args.sft, "--sft")
-    reward_model, _ = ppo.load_model(ppo.AutoModelForSequenceClassification, args.reward_model, "--reward_model")
-    texts = [ppo.Args.prompt_template.replace("{prompt}", row["prompt"]) for row in ppo.load_rows(args.dataset, "test", ["prompt"])]
-    prompts, mask, prompt_lengths = ppo.left_pad([tokenizer(text).input_ids for text in texts], tokenizer.pad_token_id, "cpu")
-    torch.manual_seed(1)
-    responses, lengths = ppo.rollout(policy.eval(), prompts, mask, torch.rand(ppo.Args.max_new_tokens, len(texts)),
-                                     ppo.Args.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)  # fmt: skip
-    sequences = ppo.roll_left(prompts, responses, prompt_lengths)
-    with torch.no_grad():
-        scores = ppo.score_sequences(reward_model.eval(), sequences, prompt_lengths + lengths)
-    return {"texts": texts, "query_responses": torch.cat([prompts, responses], 1).tolist(), "context_length": prompts.shape[1],
-            "scores": scores.tolist(), "sft": args.sft, "reward_model": args.reward_model}  # fmt: skip
+    models = common.load(base)
+    tokenizer = models.tokenizer
+    rows = []
+    for text in common.held_out():
+        chat = [{"role": "user", "content": text}]
+        rows.append({"prompt_ids": ppo_rlhf.render(tokenizer, {}, chat, add_generation_prompt=True)})
+    end_ids = ppo_rlhf.find_end_ids(models.reference, tokenizer)
+    common.torch.manual_seed(1)
+    batch = ppo_rlhf.sample(models.reference, tokenizer, rows, ppo_rlhf.Args(), end_ids)
+    scores = ppo_rlhf.score(models.reward_model, tokenizer, batch, rows, 64)
+    width = max(len(row["prompt_ids"]) for row in rows)
+    sequences = []
+    for row, response in zip(rows, batch.responses.tolist()):
+        padding = [tokenizer.pad_token_id] * (width - len(row["prompt_ids"]))
+        sequences.append(padding + row["prompt_ids"] + response)
+    texts = [tokenizer.decode(row["prompt_ids"]) for row in rows]
+    paths = {"sft": str(base / "sft"), "reward_model": str(base / "reward_model")}
+    return {"texts": texts, "sequences": sequences, "width": width, "scores": scores.tolist(), **paths}
 
 
 def theirs(spec):
@@ -50,30 +54,41 @@ def theirs(spec):
     from trl.experimental.utils import get_reward
 
     tokenizer = AutoTokenizer.from_pretrained(spec["sft"], padding_side="left")
-    reward_model = AutoModelForSequenceClassification.from_pretrained(spec["reward_model"], num_labels=1).eval()
+    load_reward = AutoModelForSequenceClassification.from_pretrained
+    reward_model = load_reward(spec["reward_model"], num_labels=1).eval()
+    sequences = torch.tensor(spec["sequences"])
     with torch.no_grad():
-        _, scores, _ = get_reward(reward_model, torch.tensor(spec["query_responses"]), tokenizer.pad_token_id, spec["context_length"])
+        _, scores, _ = get_reward(reward_model, sequences, tokenizer.pad_token_id, spec["width"])
     difference = (scores - torch.tensor(spec["scores"])).abs().max().item()
     print(f"trl {trl.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"get_reward: {len(scores)} scores, largest difference from ours {difference:.1e} (their deviation is {scores.std():.2f})")
-    assert difference < 1e-4, "TRL scores the same answers differently"
+    print(f"get_reward: {len(scores)} scores, deviation {scores.std():.2f}, at most {difference:.1e} apart")
+    assert difference < 1e-4, "TRL scores the same responses differently"
 
-    common = dict(output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
-                  gradient_checkpointing=False, learning_rate=1e-5, logging_steps=1, temperature=0.7)  # fmt: skip
+    common = {"output_dir": tempfile.mkdtemp(), "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    common |= {"disable_tqdm": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1}
+    common |= {"learning_rate": 1e-5, "temperature": 0.7}
+    ids = Dataset.from_dict({"input_ids": tokenizer(spec["texts"], add_special_tokens=False).input_ids})
+    config = {"per_device_train_batch_size": 32, "num_mini_batches": 2, "num_sample_generations": 0}
+    task = {"total_episodes": 96, "response_length": 64, "stop_token": "eos", "missing_eos_penalty": 1.0}
     trainer = PPOTrainer(
-        args=PPOConfig(**common, total_episodes=96, per_device_train_batch_size=32, num_mini_batches=2, num_sample_generations=0,
-                       response_length=64, stop_token="eos", missing_eos_penalty=1.0, kl_coef=0.1),
-        processing_class=tokenizer, model=AutoModelForCausalLM.from_pretrained(spec["sft"]),
-        ref_model=AutoModelForCausalLM.from_pretrained(spec["sft"]), reward_model=reward_model,
-        value_model=AutoModelForSequenceClassification.from_pretrained(spec["reward_model"], num_labels=1),
-        train_dataset=(ids := Dataset.from_dict({"input_ids": tokenizer(spec["texts"]).input_ids})), eval_dataset=ids.select(range(1)),
-    )  # fmt: skip
+        args=PPOConfig(**common, **config, **task, kl_coef=0.1),
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(spec["sft"]),
+        ref_model=AutoModelForCausalLM.from_pretrained(spec["sft"]),
+        reward_model=reward_model,
+        value_model=load_reward(spec["reward_model"], num_labels=1),
+        train_dataset=ids,
+        eval_dataset=ids.select(range(1)),
+    )
     trainer.train()
     report("PPOTrainer", trainer, "objective/scores")
+    prompts = Dataset.from_dict({"prompt": spec["texts"]})
+    common |= {"max_steps": 2, "per_device_train_batch_size": 16}
+    size = {"num_generations": 4, "max_completion_length": 64}
     for name in ("GRPO", "RLOO"):
-        config = getattr(trl, f"{name}Config")(**common, max_steps=2, per_device_train_batch_size=16, num_generations=4, max_completion_length=64)
-        trainer = getattr(trl, f"{name}Trainer")(model=spec["sft"], reward_funcs=spec["reward_model"], args=config,
-                                                 train_dataset=Dataset.from_dict({"prompt": spec["texts"]}))  # fmt: skip
+        config = getattr(trl, f"{name}Config")(**common, **size)
+        models = {"model": spec["sft"], "reward_funcs": spec["reward_model"]}
+        trainer = getattr(trl, f"{name}Trainer")(**models, args=config, train_dataset=prompts)
         trainer.train()
         report(f"{name}Trainer", trainer, "reward")
 
@@ -81,21 +96,20 @@ def theirs(spec):
 def report(name, trainer, key):
     values = [row[key] for row in trainer.state.log_history if key in row]
     assert values and all(map(math.isfinite, values)), f"{name}: no finite {key}"
-    print(f"{name}: {len(values)} steps from the same folders, {key} {', '.join(f'{value:.2f}' for value in values)}")
+    print(f"{name}: {len(values)} steps from the same folders, {key} {', '.join(f'{x:.2f}' for x in values)}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--trl_python", default=sys.executable)
-    parser.add_argument("--sft", default=str(ROOT / "runs/sft"))
-    parser.add_argument("--reward_model", default=str(ROOT / "runs/reward_model"))
-    parser.add_argument("--dataset", default=str(ROOT / "data/prompts"))
+    parser.add_argument("--base_dir", type=Path, default=Path(__file__).resolve().parent.parent / "runs")
     parser.add_argument("--spec", help=argparse.SUPPRESS)  # the child's
     args = parser.parse_args()
     if args.spec:
         return theirs(json.loads(Path(args.spec).read_text()))
     spec = Path(tempfile.mkdtemp()) / "spec.json"
-    spec.write_text(json.dumps(ours(args)))
+    spec.write_text(json.dumps(ours(args.base_dir.resolve())))
     raise SystemExit(subprocess.run([args.trl_python, __file__, "--spec", spec]).returncode)
 
 
