@@ -54,7 +54,7 @@ from transformers import (
 class Args:
     # ---- input and output ----
     sft_model_path: str = "runs/sft"  # policy at the start and frozen reference: a folder or a Hub name
-    reward_model_path: str = "runs/reward_model"  # one label, same tokenizer; "" for a rule in `reward_fn`
+    reward_model_path: str = "runs/reward_model"  # one label, same tokenizer; empty for a rule in reward_fn
     dataset_name: str = "data/prompts"  # folder with train.jsonl and test.jsonl, or a Hub name
     dataset_train_split: str = "train"  # prompts to train on
     dataset_test_split: str = "test"  # held-out prompts
@@ -494,7 +494,8 @@ def main(args):
             summary = f"score {scores.mean():.2f}, KL {mean_kl:.2f}, {eos_rate:.0%} ended"
             tqdm.write(f"update {update}/{num_updates}: {summary}; {shown['prompt']} -> {shown['response']}")
         if update % args.save_steps == 0 or update == num_updates:
-            save_checkpoint(args, logs, trained, optimizer, (update, beta, score_mean, score_std))
+            progress = (update, beta, score_mean, score_std)
+            save_checkpoint(args, logs, trained, optimizer, progress)
 
     # ======== The end: save, then sample responses of both models to the held-out prompts ========
     # For stock `generate`: the distribution that was trained, without top-k, top-p or penalties
@@ -635,7 +636,7 @@ def read_chat(row, column):  # [shared]
         chat = [{"role": "user", "content": text + "\n\nAssistant:"} for text in before]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
-    if not chat or not all(isinstance(message.get("content"), str) for message in chat):
+    if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
         fail(f"{row['where']}: {name} must be text or messages with role and content; it has {list(row)}")
     if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat

@@ -160,6 +160,8 @@ def main(args):
                 pairs.append((chosen, rejected))
         print(f"{name}: {len(pairs)} of {len(rows)} pairs are within --max_length, with one prompt")
         data.append(pairs)
+    if not all(data):
+        fail("a split has no pairs within --max_length, with one prompt")
     train, test = data
     check_model(sft, tokenizer, [side for pair in train + test for side in pair])
     lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # frozen
@@ -178,7 +180,7 @@ def main(args):
     size = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
     num_batches = num_epochs * math.ceil(len(train) / size)
-    total_steps = args.max_steps or math.ceil(num_batches / accumulation)
+    total_steps = max(args.max_steps, 0) or math.ceil(num_batches / accumulation)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in train]
     batches = shuffled_batches(lengths, size, total_steps * accumulation, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -288,7 +290,7 @@ def read_chat(row, column):  # [shared]
         chat = [{"role": "user", "content": text + "\n\nAssistant:"} for text in before]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
-    if not chat or not all(isinstance(message.get("content"), str) for message in chat):
+    if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
         fail(f"{row['where']}: {name} must be text or messages with role and content; it has {list(row)}")
     if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat

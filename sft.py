@@ -22,16 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 @dataclass
 class Args:
-    model_name_or_path: str = (
-        "scratch"  # a folder, a Hub name, or "scratch": data/scratch with random weights
-    )
+    model_name_or_path: str = "scratch"  # a folder, a Hub name, or scratch: data/scratch with random weights
     dataset_name: str = "data/demonstrations"  # folder with train.jsonl and test.jsonl, or a Hub name
     dataset_train_split: str = "train"  # demonstrations to train on
     dataset_test_split: str = "test"  # held-out demonstrations
     output_dir: str = "runs/sft"  # run folder
-    prompt_template: str | None = (
-        None  # default "Prompt: {prompt}\nResponse:" for models without a chat template
-    )
+    prompt_template: str | None = None  # text with {prompt} in it, for a model without a chat template
     max_length: int = 512  # tokens of prompt and completion together; longer examples are left out
     learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 2e-3 below 10M parameters, else 1e-5
     num_train_epochs: int = 0  # passes over the demonstrations; 0 chooses 12 below 10M parameters, else 2
@@ -111,7 +107,7 @@ def main(args):
     state = load_checkpoint(args, [args.model_name_or_path])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    # 1. Model and data
+    # 1. Model, data, optimizer
     if args.model_name_or_path == "scratch":  # a GPT-2 of 1M parameters
         tokenizer = AutoTokenizer.from_pretrained("data/scratch")
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("data/scratch"))
@@ -127,6 +123,8 @@ def main(args):
         pairs = [encode(tokenizer, end_ids, row, "completion") for row in rows]
         data.append([pair for pair in pairs if len(pair[0] + pair[1]) <= args.max_length])
         print(f"{split}: {len(data[-1])} of {len(rows)} examples are within --max_length")
+    if not all(data):
+        fail("no example of a split is within --max_length")
     train, test = data
     check_model(model, tokenizer, [prompt + completion for prompt, completion in train + test])
     print(f"for example: {tokenizer.decode(train[0][0])!r} -> {tokenizer.decode(train[0][1])!r}")
@@ -137,13 +135,13 @@ def main(args):
     model.to(device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    # 2. Optimizer and schedule
     small = model.num_parameters() < 10e6
     learning_rate = args.learning_rate or (2e-3 if small else 1e-5)
-    num_epochs = args.num_train_epochs or (12 if small else 2)
+    epochs = args.num_train_epochs or (12 if small else 2)
     size = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
-    total_steps = args.max_steps or math.ceil(num_epochs * math.ceil(len(train) / size) / accumulation)
+    num_batches = epochs * math.ceil(len(train) / size)
+    total_steps = max(args.max_steps, 0) or math.ceil(num_batches / accumulation)
     lengths = [len(prompt + completion) for prompt, completion in train]
     batches = shuffled_batches(lengths, size, total_steps * accumulation, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -155,7 +153,11 @@ def main(args):
     if args.track:
         import wandb
 
-        wandb.init(project="ppo_rlhf", name=args.output_dir, config=asdict(args))
+        wandb.init(
+            project="ppo_rlhf",
+            name=args.output_dir,
+            config=asdict(args),
+        )
     logs = open_logs(args, state, "metrics.jsonl")
     print(f"SFT on {device}: {model.num_parameters():,} parameters, learning rate {learning_rate}")
     for step in tqdm(range(done + 1, total_steps + 1), "SFT", disable=None):
@@ -177,7 +179,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 3. Logging
+        # 2. Logging
         metrics = {
             "step": step,
             "train/loss": step_loss,
@@ -233,7 +235,7 @@ def read_chat(row, column):  # [shared]
         chat = [{"role": "user", "content": text + "\n\nAssistant:"} for text in before]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
-    if not chat or not all(isinstance(message.get("content"), str) for message in chat):
+    if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
         fail(f"{row['where']}: {name} must be text or messages with role and content; it has {list(row)}")
     if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat

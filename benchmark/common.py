@@ -1,6 +1,7 @@
 """What the benchmarks on the shipped task share: stages that are run once, and the judging of policies."""
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -204,7 +205,7 @@ def win_rate(rows, others):
 def along(run, models, texts, samples, seed=0):
     """Rows of means for the SFT model (update 0) and each kept checkpoint of a PPO run."""
     rows = []
-    policy = load_policy(run)
+    policy = copy.deepcopy(models.reference)
     sft = None
     for update, weights in [(0, models.reference.state_dict()), *checkpoints(run)]:
         policy.load_state_dict(weights)

@@ -130,7 +130,6 @@ def test_judge_counts(answer, items):
     verdict = gold.judge(PROMPT, answer)
     assert {k: n for k, n in verdict.items() if n and k != "score"} == items
     assert verdict["score"] == sum(gold.WEIGHTS[k] * n for k, n in items.items())
-    assert len(items) < 3 or "misplaced" in items or verdict["score"] == gold.BEST == 4.0
 
 
 # ---- The judge's command line ----

@@ -83,10 +83,15 @@ def without(row, name):
     return [{"prompt": "Hi"} if name != "prompt" else {"completion": "Hello"}] * 2
 
 
-def no_eos(folder, stage):
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(folder / "base")
+def tokenizer(name="base", **changes):
+    def spoil(folder, stage):
+        changed = tiny_tokenizer()
+        for field, value in changes.items():
+            setattr(changed, field, value)
+        (folder / name / "chat_template.jinja").unlink()
+        changed.save_pretrained(folder / name)
+
+    return spoil
 
 
 def model(make, name="base"):
@@ -141,7 +146,7 @@ CASES = {  # name: (stages, what is spoilt, flags, words of the message)
     "no reward model yet": (PPO, nothing, {"reward_model_path": "runs/rm"}, "runs/rm"),
     "output_dir in use": (EVERY, used, {}, "out is not empty"),
     "output_dir is the input": (EVERY, nothing, {"output_dir": "base"}, "base is the folder of an input"),
-    "... with --overwrite": (EVERY, nothing, {"output_dir": "./base/", "overwrite": True}, "input"),
+    "... with --overwrite": (EVERY, nothing, {"output_dir": "data/../base", "overwrite": True}, "input"),
     "output_dir is the reward model": (PPO, nothing, {"output_dir": "rm", "overwrite": True}, "input"),
     "no data set": (EVERY, nothing, {"dataset_name": "nowhere"}, "nowhere"),
     "no split": (EVERY, nothing, {"dataset_train_split": "trian"}, "trian"),
@@ -152,9 +157,7 @@ CASES = {  # name: (stages, what is spoilt, flags, words of the message)
     "column empty": (EVERY, last(""), {}, "row 2"),
     "column null": (EVERY, last(None), {}, "row 2"),
     "column of numbers": (EVERY, last(3), {}, "row 1"),
-    "column of objects": (EVERY, last({"text": "Hi"}), {}, "row 1"),
     "messages without content": (EVERY, last([{"role": "user", "content": None}]), {}, "row 1"),
-    "messages without roles": (EVERY, last([{"content": "Hi"}]), {}, "row 1"),
     "no messages": (EVERY, last([]), {}, "row 1"),
     "all too long": (TRAINED, nothing, {"max_length": 3}, "max_length"),
     "all prompts too long": (PPO, nothing, {"max_prompt_length": 3}, "max_prompt_length"),
@@ -168,7 +171,7 @@ CASES = {  # name: (stages, what is spoilt, flags, words of the message)
     "learning rate below 0": (EVERY, nothing, {"learning_rate": -1e-3}, "--learning_rate"),
     "learning rate of 1": (EVERY, nothing, {"learning_rate": 1.0}, "--learning_rate"),
     "learning rate NaN": (EVERY, nothing, {"learning_rate": math.nan}, "--learning_rate"),
-    "no EOS": (EVERY, no_eos, {}, "EOS"),
+    "no EOS": (EVERY, tokenizer(eos_token=None), {}, "EOS"),
     "another tokenizer": (PPO, shift_ids, {}, "tokenizer"),
     "a weight missing": (EVERY, edit("base/config.json", n_layer=3), {}, "h.2."),
     "a weight left over": (EVERY, edit("base/config.json", n_layer=1), {}, "h.1."),
@@ -177,8 +180,6 @@ CASES = {  # name: (stages, what is spoilt, flags, words of the message)
     "a reward head with a bias": (PPO, model(with_bias, "rm"), {}, "score.bias"),
     "scaled logits": (EVERY, scaled, {}, "gemma2"),
     "a changed flag": (EVERY, finished, {"resume": True, "seed": 5}, "--seed 5"),
-    "a prompt template without a slot": (("sft",), nothing, {"prompt_template": "Hi"}, "{prompt}"),
-    "a batch of none": (EVERY, nothing, {"per_device_train_batch_size": 0}, "--per_device_train_batch_size"),
 }
 
 
@@ -232,7 +233,7 @@ def test_a_loss_that_is_not_finite(stage, world, monkeypatch, capsys):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
         main(stage, **other)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and " 3: " in error and "--resume" in error and error.count("\n") == 1
+    assert end.value.code == 2 and " 3: " in error and "not finite" in error and error.count("\n") == 1
     assert [row.get("step", row.get("update")) for row in read_jsonl(world / "out/metrics.jsonl")] == [1, 2]
     state = torch.load(world / "out/checkpoint/state.pt")
     assert all(value.isfinite().all() for value in state["model"].values())

@@ -309,9 +309,11 @@ REFUSED = [
     (sft, {"messages": [USER, GPT]}),
     (sft, {"messages": [HUMAN, ANSWER]}),
     (sft, {"messages": [USER, ANSWER, USER]}),
+    (sft, {"messages": [ANSWER]}),
     (sft, {"prompt": [USER, ANSWER], "completion": [ANSWER]}),
     (reward_model, {"prompt": [USER], "chosen": [GPT], "rejected": [ANSWER]}),
     (reward_model, {"chosen": [USER, ANSWER], "rejected": [USER, MODEL]}),
+    (reward_model, {"chosen": "a", "rejected": "b"}),
 ]
 
 
