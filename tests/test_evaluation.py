@@ -21,7 +21,9 @@ def run(folder, **overrides):
     sampled = dict(do_sample=True, top_k=3, repetition_penalty=2.0)
     policy.generation_config = transformers.GenerationConfig(eos_token_id=ENDS, **sampled)
     judge = tiny_reward_model("gpt2")
-    flags = ppo_flags(folder, policy, judge, tokenizer, ["q", "rs", "tuv", "w"] * 2, TEST)
+    test = [*TEST[:5], "One too long!", *TEST[5:]]
+    flags = ppo_flags(folder, policy, judge, tokenizer, ["q", "rs", "tuv", "w"] * 2, test)
+    flags |= dict(max_prompt_length=len("Q: Why so long?\nA:"))
     flags |= dict(max_new_tokens=T, total_episodes=5 * B, batch_size=B, num_mini_batches=2)
     flags |= dict(per_device_train_batch_size=3, learning_rate=3e-3, eval_steps=2, temperature=0.8, seed=3)
     args = ppo.Args(**(flags | overrides))
