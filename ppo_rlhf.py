@@ -169,7 +169,7 @@ def sample(model, tokenizer, rows, args, end_ids):
         mask = prompts.attention_mask[indices]
         u = uniforms[:, indices]
         parts.append(rollout(model, ids, mask, u, args.temperature, ends, tokenizer.pad_token_id))
-    responses, response_lengths, ended, logprobs = map(torch.cat, zip(*parts))
+    responses, response_lengths, ended, logprobs = (torch.cat(tensors) for tensors in zip(*parts))
     starts = prompts.attention_mask.sum(1)
     slots = torch.arange(args.max_new_tokens, device=model.device)  # [T]
     return SimpleNamespace(
@@ -255,8 +255,8 @@ def score(reward_model, tokenizer, batch, rows, size):
 
 
 def main(args):
-    if args.temperature <= 0 or args.beta < 0 or not 0 <= args.learning_rate < 0.1:
-        fail("--temperature must be above 0, --beta at least 0, --learning_rate at least 0, below 0.1")
+    if args.temperature <= 0 or args.beta < 0:
+        fail("--temperature must be above 0, --beta at least 0")
     if args.batch_size % args.num_mini_batches or args.total_episodes % args.batch_size:
         fail("--total_episodes must be a multiple of --batch_size, and that of --num_mini_batches")
     changeable = ("gradient_checkpointing", "per_device_train_batch_size", "rollout_batch_size")
@@ -573,7 +573,6 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id)
 
     output = model.base_model(prompts, attention_mask=attention_mask, position_ids=positions, **cache)
     sample_next(output.last_hidden_state[:, -1])
-
     run_step = decode_step
     first = 1
     if prompts.is_cuda and T > 3:
@@ -622,8 +621,13 @@ def load_rows(name, split):  # [shared]
     try:
         rows = datasets.load_dataset(name, split=split).to_list()
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         fail(f"{name} has no readable split {split} ({reason}); see --dataset_name and its splits")
+    rows = json.loads(
+        json.dumps(rows, default=str),
+        # Arrow gives every message and tool the keys of all others, and templates would print the None
+        object_hook=lambda entry: {key: value for key, value in entry.items() if value is not None},
+    )
     return [{**row, "where": f"{name}, {split}, row {number}"} for number, row in enumerate(rows, 1)]
 
 
@@ -637,7 +641,7 @@ def read_chat(row, column):  # [shared]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
-        fail(f"{row['where']}: {name} must be text or messages with role and content; it has {list(row)}")
+        fail(f"{row['where']}: {name} must be text or messages (role, content), not ShareGPT's: {list(row)}")
     if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
@@ -661,8 +665,6 @@ def find_end_ids(model, tokenizer):  # [shared]
 
 def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
     """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
-    if path.startswith("runs/") and not Path(path, "config.json").exists():
-        fail(f"there is no model in {path} yet: run the earlier stage first")
     tokenizer = AutoTokenizer.from_pretrained(path)
     model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     wrong = (info["missing_keys"] | info["unexpected_keys"]) - {*new_weights}
@@ -711,8 +713,9 @@ def open_logs(args, state, *names):  # [shared]
     folder = Path(args.output_dir)
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-    logs = [open(folder / name, "a") for name in names]
-    for log, size in zip(logs, state["log_sizes"] if state else [0, 0]):
+    logs = [open(folder / name, "a", buffering=1) for name in names]
+    sizes = state["log_sizes"] if state else [0, 0]
+    for log, size in zip(logs, sizes):
         log.truncate(size)
     if not state:  # an older model or checkpoint must not be taken for this run's
         (folder / "config.json").unlink(missing_ok=True)
@@ -727,8 +730,6 @@ def write_row(file, row):
 
 def save_checkpoint(args, logs, model, optimizer, progress):  # [shared]
     """Write a new file, then rename it: a run that is killed at any moment has a valid checkpoint."""
-    for log in logs:
-        log.flush()
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -123,8 +123,6 @@ def evaluate(model, pairs, size, device):
 
 
 def main(args):
-    if not 0 <= args.learning_rate < 0.1:
-        fail("--learning_rate must be at least 0, below 0.1")
     state = load_checkpoint(args, [args.model_name_or_path])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
@@ -139,7 +137,9 @@ def main(args):
         *of_head,
     }
     auto_class = AutoModelForSequenceClassification
-    model, _ = load_pretrained(auto_class, args.model_name_or_path, new, num_labels=1)
+    # Of a regression model, stock pipelines show the score itself, not its sigmoid
+    options = {"num_labels": 1, "problem_type": "regression"}
+    model, _ = load_pretrained(auto_class, args.model_name_or_path, new, **options)
     # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252);
     # large ones would saturate the sigmoid before the backbone has learned anything.
     width = model.score.in_features
@@ -276,8 +276,13 @@ def load_rows(name, split):  # [shared]
     try:
         rows = datasets.load_dataset(name, split=split).to_list()
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         fail(f"{name} has no readable split {split} ({reason}); see --dataset_name and its splits")
+    rows = json.loads(
+        json.dumps(rows, default=str),
+        # Arrow gives every message and tool the keys of all others, and templates would print the None
+        object_hook=lambda entry: {key: value for key, value in entry.items() if value is not None},
+    )
     return [{**row, "where": f"{name}, {split}, row {number}"} for number, row in enumerate(rows, 1)]
 
 
@@ -291,7 +296,7 @@ def read_chat(row, column):  # [shared]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
-        fail(f"{row['where']}: {name} must be text or messages with role and content; it has {list(row)}")
+        fail(f"{row['where']}: {name} must be text or messages (role, content), not ShareGPT's: {list(row)}")
     if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
@@ -316,7 +321,9 @@ def encode(tokenizer, end_ids, row, column):  # [shared]
         fail(f"{row['where']}: the prompt's end {alone!r} becomes {tokenizer.decode(ids[same:])!r} in a chat")
     response_ids = ids[same:]
     ends = [i for i, token in enumerate(response_ids) if token in end_ids]
-    return prompt_ids, response_ids[: ends[0] + 1] if ends else [*response_ids, tokenizer.eos_token_id]
+    if not ends:  # the template writes none
+        return prompt_ids, [*response_ids, tokenizer.eos_token_id]
+    return prompt_ids, response_ids[: ends[0] + 1]
 
 
 def find_end_ids(model, tokenizer):  # [shared]
@@ -332,8 +339,6 @@ def find_end_ids(model, tokenizer):  # [shared]
 
 def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
     """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
-    if path.startswith("runs/") and not Path(path, "config.json").exists():
-        fail(f"there is no model in {path} yet: run the earlier stage first")
     tokenizer = AutoTokenizer.from_pretrained(path)
     model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     wrong = (info["missing_keys"] | info["unexpected_keys"]) - {*new_weights}
@@ -382,8 +387,9 @@ def open_logs(args, state, *names):  # [shared]
     folder = Path(args.output_dir)
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-    logs = [open(folder / name, "a") for name in names]
-    for log, size in zip(logs, state["log_sizes"] if state else [0, 0]):
+    logs = [open(folder / name, "a", buffering=1) for name in names]
+    sizes = state["log_sizes"] if state else [0, 0]
+    for log, size in zip(logs, sizes):
         log.truncate(size)
     if not state:  # an older model or checkpoint must not be taken for this run's
         (folder / "config.json").unlink(missing_ok=True)
@@ -393,8 +399,6 @@ def open_logs(args, state, *names):  # [shared]
 
 def save_checkpoint(args, logs, model, optimizer, progress):  # [shared]
     """Write a new file, then rename it: a run that is killed at any moment has a valid checkpoint."""
-    for log in logs:
-        log.flush()
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -91,9 +91,8 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
 
 def chat_template(prompt_template, tokenizer):
     """A chat template from "Prompt: {prompt}\\nResponse:" or so; responses follow a space, then EOS."""
-    before, after = prompt_template.replace("\\n", "\n").split(
-        "{prompt}"
-    )  # a shell passes \n as two characters
+    text = prompt_template.replace("\\n", "\n")  # a shell passes \n as two characters
+    before, after = text.split("{prompt}")
     bos = "{{ bos_token }}" if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
     response = "{{ ' ' if m.content[:1] not in ' \\n' }}{{ m.content + eos_token }}"
     prompt = f"{{{{ {before!r} + m.content + {after!r} }}}}"
@@ -102,12 +101,9 @@ def chat_template(prompt_template, tokenizer):
 
 
 def main(args):
-    if not 0 <= args.learning_rate < 0.1:
-        fail("--learning_rate must be at least 0, below 0.1")
     state = load_checkpoint(args, [args.model_name_or_path])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    # 1. Model, data, optimizer
     if args.model_name_or_path == "scratch":  # a GPT-2 of 1M parameters
         tokenizer = AutoTokenizer.from_pretrained("data/scratch")
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("data/scratch"))
@@ -178,8 +174,6 @@ def main(args):
             fail(f"step {step}: gradient not finite: check the data, or restart with a lower learning rate")
         optimizer.step()
         optimizer.zero_grad()
-
-        # 2. Logging
         metrics = {
             "step": step,
             "train/loss": step_loss,
@@ -193,7 +187,8 @@ def main(args):
                 losses = [completion_loss(model, test[i : i + size], device) for i in starts]
             num_tokens = sum(len(completion) for _, completion in test)
             metrics["eval/loss"] = sum(losses) / num_tokens
-            sample = model.generate(torch.tensor([test[0][0]], device=device))[0]
+            prompt_ids = torch.tensor([test[0][0]], device=device)  # [1, L]
+            sample = model.generate(prompt_ids)[0]
             tqdm.write(f"step {step}: held-out loss {metrics['eval/loss']:.3f} nats per token")
             tqdm.write(f"    {tokenizer.decode(sample)!r}")  # special tokens included
         line = json.dumps(metrics, default=float)
@@ -221,8 +216,13 @@ def load_rows(name, split):  # [shared]
     try:
         rows = datasets.load_dataset(name, split=split).to_list()
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         fail(f"{name} has no readable split {split} ({reason}); see --dataset_name and its splits")
+    rows = json.loads(
+        json.dumps(rows, default=str),
+        # Arrow gives every message and tool the keys of all others, and templates would print the None
+        object_hook=lambda entry: {key: value for key, value in entry.items() if value is not None},
+    )
     return [{**row, "where": f"{name}, {split}, row {number}"} for number, row in enumerate(rows, 1)]
 
 
@@ -236,7 +236,7 @@ def read_chat(row, column):  # [shared]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
-        fail(f"{row['where']}: {name} must be text or messages with role and content; it has {list(row)}")
+        fail(f"{row['where']}: {name} must be text or messages (role, content), not ShareGPT's: {list(row)}")
     if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
@@ -261,7 +261,9 @@ def encode(tokenizer, end_ids, row, column):  # [shared]
         fail(f"{row['where']}: the prompt's end {alone!r} becomes {tokenizer.decode(ids[same:])!r} in a chat")
     response_ids = ids[same:]
     ends = [i for i, token in enumerate(response_ids) if token in end_ids]
-    return prompt_ids, response_ids[: ends[0] + 1] if ends else [*response_ids, tokenizer.eos_token_id]
+    if not ends:  # the template writes none
+        return prompt_ids, [*response_ids, tokenizer.eos_token_id]
+    return prompt_ids, response_ids[: ends[0] + 1]
 
 
 def find_end_ids(model, tokenizer):  # [shared]
@@ -277,8 +279,6 @@ def find_end_ids(model, tokenizer):  # [shared]
 
 def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
     """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
-    if path.startswith("runs/") and not Path(path, "config.json").exists():
-        fail(f"there is no model in {path} yet: run the earlier stage first")
     tokenizer = AutoTokenizer.from_pretrained(path)
     model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     wrong = (info["missing_keys"] | info["unexpected_keys"]) - {*new_weights}
@@ -327,8 +327,9 @@ def open_logs(args, state, *names):  # [shared]
     folder = Path(args.output_dir)
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-    logs = [open(folder / name, "a") for name in names]
-    for log, size in zip(logs, state["log_sizes"] if state else [0, 0]):
+    logs = [open(folder / name, "a", buffering=1) for name in names]
+    sizes = state["log_sizes"] if state else [0, 0]
+    for log, size in zip(logs, sizes):
         log.truncate(size)
     if not state:  # an older model or checkpoint must not be taken for this run's
         (folder / "config.json").unlink(missing_ok=True)
@@ -338,8 +339,6 @@ def open_logs(args, state, *names):  # [shared]
 
 def save_checkpoint(args, logs, model, optimizer, progress):  # [shared]
     """Write a new file, then rename it: a run that is killed at any moment has a valid checkpoint."""
-    for log in logs:
-        log.flush()
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

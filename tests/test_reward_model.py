@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import EOS, read_jsonl, save, tiny_config, tiny_model, tiny_tokenizer
 from test_sft import BYTES, FLAGS, NAMES, TEXTS, check_defaults, check_run, ids, load, record, write_data
 from test_sft import here as here  # a fixture
@@ -153,6 +154,10 @@ def test_scores_of_a_batch(family, pad_is_eos):
         reward_model.main(reward_model.Args(**NAMES, max_steps=1))
         stock = AutoModelForSequenceClassification.from_pretrained("out").eval()
         assert stock.config.pad_token_id == (None if pad_is_eos else 0)
+        classify = transformers.pipeline("text-classification", model="out")
+        text = tiny_tokenizer(pad_is_eos)("good<eos>", return_tensors="pt")
+        raw = stock(input_ids=text.input_ids).logits.item()  # not its sigmoid
+        assert classify("good<eos>")[0]["score"] == pytest.approx(raw, abs=1e-5)
         sides = [side for row in ROWS[:3] for side in pair(row)]
         rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(side) for side in sides], batch_first=True)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import datetime
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -330,3 +331,18 @@ def test_roles_that_are_refused(stage, row, tmp_path, monkeypatch, capsys):
     """A prompt that ends with an answer, by whatever role, and an answer that is not the assistant's."""
     make_models(tmp_path, byte_tokenizer(IM_END, None, CHATML))
     assert "user" in refusal(stage, tmp_path, [row], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("stage", [sft, reward_model, ppo_rlhf])
+def test_keys_that_arrow_adds(stage, tmp_path):
+    """In a file of tables all messages and tools have the keys of all others, with None: not in what is read.
+    Catches a chat template that lists another tool's parameters, or sees a tool call in every message."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]}
+    tools = [{"function": {"name": name, "parameters": {name: {"type": "string"}}}} for name in ("a", "b")]
+    chats = [[USER, ANSWER], [USER, call, RESULT, ANSWER]]
+    rows = [{"messages": chat, "tools": [tool], "answer": 0} for chat, tool in zip(chats, tools)]
+    table = datasets.Dataset.from_list(rows)
+    assert table[0]["tools"][0]["function"]["parameters"]["b"] is None
+    table.to_parquet(tmp_path / "rows/train.parquet")
+    found = stage.load_rows(str(tmp_path / "rows"), "train")
+    assert [{key: value for key, value in row.items() if key != "where"} for row in found] == rows
