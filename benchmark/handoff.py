@@ -1,116 +1,207 @@
-"""The way to larger engines: TRL takes the folders of runs/ as they are, and gives the same scores.
+"""The way to larger engines: TRL trains from the folders of runs/ as they are, and gives the same scores.
 
-    python benchmark/handoff.py --trl_python /path/to/trl_env/bin/python [--base_dir runs]
+    trl_env/bin/accelerate launch --multi_gpu --num_processes 2 benchmark/handoff.py [--base_dir runs]
 
-Here: responses to the held-out prompts, sampled and scored with ppo_rlhf.py's own functions. There, in TRL's
-environment (benchmark/requirements.txt): TRL's PPO scores the same responses (`get_reward`) and trains for
-three updates; its GRPO and RLOO trainers, which run on accelerate, DeepSpeed and FSDP, train for two steps
-each. Exit status 1 if a score differs by more than 1e-4.
+Runs in TRL's environment (benchmark/requirements.txt) and needs nothing of ours but {sft,reward_model,ppo}
+in base_dir. The responses of ppo/eval.jsonl, whose scores are known, go through the code with which TRL's
+PPO, GRPO and RLOO compute rewards, in each process; then each trains for three steps, all processes
+together. Exit status 1 if a score differs by more than 1e-4. On a CPU the processes talk through gloo, and
+`--multi_gpu` is needed all the same: with `--cpu`, accelerate starts a single process.
+
+Our reward model reads its score at the EOS, which TRL's GRPO and RLOO take off before they score. So three
+forms are compared: prompts in text, without the EOS; prompts as messages, where the reward model's chat
+template writes it again; and `score_ids`, a reward function that sees the ids that were sampled. The second
+is enough if the template ends with the EOS, the pad is another token, and the response was not cut off.
 """
 
 import argparse
 import json
 import math
-import subprocess
-import sys
+import os
 import tempfile
 from pathlib import Path
 
+import torch
+import transformers
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-def ours(base):
-    """Sample and score responses to the test prompts -> what the child needs, as plain lists."""
-    import common
+RANK = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+CUDA = torch.cuda.is_available()
+COMMON = {
+    "bf16": False,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-5,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "temperature": 0.7,
+    "use_cpu": not CUDA,
+}
 
-    import ppo_rlhf
 
-    models = common.load(base)
-    tokenizer = models.tokenizer
+def make_score_ids(reward_model, tokenizer):
+    """A reward function for TRL's trainers -> ppo_rlhf.py's raw scores, whatever the template and the pad."""
+
+    @torch.no_grad()
+    def score_ids(prompts, completion_ids, **columns):
+        scores = []
+        for prompt, ids in zip(prompts, completion_ids):  # one at a time: no padding
+            prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            sequence = torch.tensor([prompt_ids + ids], device=reward_model.device)
+            scores.append(reward_model(sequence).logits.item())
+        return scores
+
+    return score_ids
+
+
+def read_responses(base, tokenizer):
+    """The held-out responses of the SFT model and of PPO, and the raw scores that ppo_rlhf.py gave them.
+    Left out are those that were cut off, as the file does not tell what their last token was."""
+    mean, std = load_file(base / "ppo/value_head.safetensors")["score_scale"].tolist()
+    limit = json.loads((base / "ppo/args.json").read_text())["max_new_tokens"]
     rows = []
-    for text in common.held_out():
-        chat = [{"role": "user", "content": text}]
-        rows.append({"prompt_ids": ppo_rlhf.render(tokenizer, {}, chat, add_generation_prompt=True)})
-    end_ids = ppo_rlhf.find_end_ids(models.reference, tokenizer)
-    common.torch.manual_seed(1)
-    batch = ppo_rlhf.sample(models.reference, tokenizer, rows, ppo_rlhf.Args(), end_ids)
-    scores = ppo_rlhf.score(models.reward_model, tokenizer, batch, rows, 64)
-    width = max(len(row["prompt_ids"]) for row in rows)
-    sequences = []
-    for row, response in zip(rows, batch.responses.tolist()):
-        padding = [tokenizer.pad_token_id] * (width - len(row["prompt_ids"]))
-        sequences.append(padding + row["prompt_ids"] + response)
-    texts = [tokenizer.decode(row["prompt_ids"]) for row in rows]
-    paths = {"sft": str(base / "sft"), "reward_model": str(base / "reward_model")}
-    return {"texts": texts, "sequences": sequences, "width": width, "scores": scores.tolist(), **paths}
+    for line in (base / "ppo/eval.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        for policy in ("sft", "ppo"):
+            completion = [{"role": "assistant", "content": row[policy]}]
+            text = tokenizer.apply_chat_template(prompt + completion, tokenize=False).rstrip()
+            ids = tokenizer(text, add_special_tokens=False).input_ids[len(prompt_ids) :]
+            columns = {"policy": policy, "prompt": prompt, "completion": completion}
+            columns |= {"prompt_ids": prompt_ids, "completion_ids": ids}
+            if len(ids) <= limit:
+                rows.append({**columns, "score": row[f"{policy}_score"] * std + mean})
+    return rows
 
 
-def theirs(spec):
-    """In TRL's environment: the same scores, then each trainer for a moment."""
-    import torch
-    import transformers
-    import trl
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+def show(text):
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def compare(form, scores, rows, must_agree=True):
+    """Print how far TRL's scores [..., N] are from ours; if they must agree, fail above 1e-4."""
+    scores = scores.cpu().view(-1, len(rows))
+    ours = torch.tensor([row["score"] for row in rows])
+    worst = (scores - ours).abs().max()
+    show(f"{form}: {len(rows)} scores, at most {worst:.1e} apart")
+    for policy in ("sft", "ppo"):
+        chosen = torch.tensor([row["policy"] == policy for row in rows])
+        pair = torch.stack([ours[chosen], scores[0, chosen]])
+        apart = (pair[1] - pair[0]).abs().mean() / pair[0].std()
+        correlation = pair.argsort(1).argsort(1).double().corrcoef()[0, 1]
+        show(f"    {policy}: mean {apart:.1e} standard deviations apart, rank correlation {correlation:.4f}")
+    assert not must_agree or worst < 1e-4, f"{form}: TRL scores the same responses differently"
+
+
+def check_get_reward(reward_model, tokenizer, rows):
+    """PPO's reward path."""
     from trl.experimental.utils import get_reward
 
-    tokenizer = AutoTokenizer.from_pretrained(spec["sft"], padding_side="left")
-    load_reward = AutoModelForSequenceClassification.from_pretrained
-    reward_model = load_reward(spec["reward_model"], num_labels=1).eval()
-    sequences = torch.tensor(spec["sequences"])
+    width = max(len(row["prompt_ids"]) for row in rows)
+    prompts = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in rows]}, padding_side="left")
+    completions = tokenizer.pad({"input_ids": [row["completion_ids"] for row in rows]}, padding_side="right")
+    sequences = torch.tensor([a + b for a, b in zip(prompts.input_ids, completions.input_ids)])
+    sequences = sequences.to(reward_model.device)
     with torch.no_grad():
-        _, scores, _ = get_reward(reward_model, sequences, tokenizer.pad_token_id, spec["width"])
-    difference = (scores - torch.tensor(spec["scores"])).abs().max().item()
-    print(f"trl {trl.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"get_reward: {len(scores)} scores, deviation {scores.std():.2f}, at most {difference:.1e} apart")
-    assert difference < 1e-4, "TRL scores the same responses differently"
+        _, scores, _ = get_reward(reward_model, sequences, tokenizer.pad_token_id, width)
+    compare("PPO", scores, rows)
 
-    common = {"output_dir": tempfile.mkdtemp(), "report_to": "none", "save_strategy": "no", "use_cpu": True}
-    common |= {"disable_tqdm": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1}
-    common |= {"learning_rate": 1e-5, "temperature": 0.7}
-    ids = Dataset.from_dict({"input_ids": tokenizer(spec["texts"], add_special_tokens=False).input_ids})
-    config = {"per_device_train_batch_size": 32, "num_mini_batches": 2, "num_sample_generations": 0}
-    task = {"total_episodes": 96, "response_length": 64, "stop_token": "eos", "missing_eos_penalty": 1.0}
-    trainer = PPOTrainer(
-        args=PPOConfig(**common, **config, **task, kl_coef=0.1),
-        processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(spec["sft"]),
-        ref_model=AutoModelForCausalLM.from_pretrained(spec["sft"]),
-        reward_model=reward_model,
-        value_model=load_reward(spec["reward_model"], num_labels=1),
-        train_dataset=ids,
-        eval_dataset=ids.select(range(1)),
-    )
+
+def check_calculate_rewards(name, trainer, tokenizer, rows):
+    """GRPO's and RLOO's reward path: the scores of all processes and both reward functions."""
+    chats = [row["prompt"] for row in rows]
+    replies = [row["completion"] for row in rows]
+    ids = [row["completion_ids"] for row in rows]
+    columns = [{}] * len(rows)
+    shape = (PROCESSES, len(rows), 2)
+    texts = [tokenizer.apply_chat_template(x, add_generation_prompt=True, tokenize=False) for x in chats]
+    reply_texts = tokenizer.batch_decode(ids, skip_special_tokens=True)  # as TRL decodes what it samples
+    score_ids = trainer.reward_funcs[1]
+    trainer.reward_funcs[1] = lambda prompts, **columns: [0.0] * len(prompts)  # score_ids wants messages
+    scores = trainer._calculate_rewards(columns, texts, reply_texts, ids).view(shape)
+    compare(f"{name}, prompts in text", scores[..., 0], rows, must_agree=False)
+    trainer.reward_funcs[1] = score_ids
+    scores = trainer._calculate_rewards(columns, chats, replies, ids).view(shape)
+    written = tokenizer.apply_chat_template(chats[0] + replies[0], tokenize=False)
+    enough = written.endswith(tokenizer.eos_token) and tokenizer.pad_token != tokenizer.eos_token
+    compare(f"{name}, prompts as messages", scores[..., 0], rows, must_agree=enough)
+    compare(f"{name}, score_ids", scores[..., 1], rows)
+
+
+def train(name, trainer, *keys):
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    report("PPOTrainer", trainer, "objective/scores")
-    prompts = Dataset.from_dict({"prompt": spec["texts"]})
-    common |= {"max_steps": 2, "per_device_train_batch_size": 16}
-    size = {"num_generations": 4, "max_completion_length": 64}
-    for name in ("GRPO", "RLOO"):
-        config = getattr(trl, f"{name}Config")(**common, **size)
-        models = {"model": spec["sft"], "reward_funcs": spec["reward_model"]}
-        trainer = getattr(trl, f"{name}Trainer")(**models, args=config, train_dataset=prompts)
-        trainer.train()
-        report(f"{name}Trainer", trainer, "reward")
-
-
-def report(name, trainer, key):
-    values = [row[key] for row in trainer.state.log_history if key in row]
-    assert values and all(map(math.isfinite, values)), f"{name}: no finite {key}"
-    print(f"{name}: {len(values)} steps from the same folders, {key} {', '.join(f'{x:.2f}' for x in values)}")
+    state = trainer.accelerator.state
+    where = f"{state.num_processes} processes ({state.backend})"
+    for key in keys:
+        values = [row[key] for row in trainer.state.log_history if key in row]
+        assert values and all(map(math.isfinite, values)), f"{name}: no finite {key}"
+        numbers = ", ".join(f"{x:.4f}" for x in values)
+        show(f"{name}: {len(values)} steps in {where}, {key} {numbers}")
 
 
 def main():
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
-    parser.add_argument("--trl_python", default=sys.executable)
     parser.add_argument("--base_dir", type=Path, default=Path(__file__).resolve().parent.parent / "runs")
-    parser.add_argument("--spec", help=argparse.SUPPRESS)  # the child's
-    args = parser.parse_args()
-    if args.spec:
-        return theirs(json.loads(Path(args.spec).read_text()))
-    spec = Path(tempfile.mkdtemp()) / "spec.json"
-    spec.write_text(json.dumps(ours(args.base_dir.resolve())))
-    raise SystemExit(subprocess.run([args.trl_python, __file__, "--spec", spec]).returncode)
+    base = parser.parse_args().base_dir.resolve()
+    import trl  # only here, as make_score_ids works without it
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    def load_reward_model():
+        return AutoModelForSequenceClassification.from_pretrained(base / "reward_model", num_labels=1).eval()
+
+    tokenizer = AutoTokenizer.from_pretrained(base / "sft", padding_side="left")
+    reward_model = load_reward_model()
+    if CUDA:
+        reward_model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    rows = read_responses(base, tokenizer)
+    output_dir = tempfile.mkdtemp()
+    show(f"trl {trl.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+
+    if tokenizer.pad_token == tokenizer.eos_token:
+        show("PPO left out: TRL's tells padding by its id, so the pad must not be the EOS")
+    else:
+        check_get_reward(reward_model, tokenizer, rows)
+        ids = Dataset.from_dict({"input_ids": [row["prompt_ids"] for row in rows]})
+        config = {"per_device_train_batch_size": 32, "total_episodes": 3 * 32 * PROCESSES}
+        config |= {"num_mini_batches": 2, "response_length": 64, "stop_token": "eos", "kl_coef": 0.1}
+        config |= {"missing_eos_penalty": 1.0, "num_sample_generations": 0}
+        trainer = PPOTrainer(
+            args=PPOConfig(output_dir=output_dir, **COMMON, **config),
+            processing_class=tokenizer,
+            model=AutoModelForCausalLM.from_pretrained(base / "sft"),
+            ref_model=AutoModelForCausalLM.from_pretrained(base / "sft"),
+            reward_model=reward_model,
+            value_model=load_reward_model(),
+            train_dataset=ids,
+            eval_dataset=ids.select(range(PROCESSES)),
+        )
+        train("PPO", trainer, "objective/scores")
+
+    prompts = Dataset.from_dict({"prompt": [row["prompt"] for row in rows]})
+    config = {"per_device_train_batch_size": 16, "max_steps": 3, "num_generations": 4}
+    config |= {"max_completion_length": 64, "reward_weights": [0.0, 1.0]}  # the folder's score is only logged
+    for name in ("GRPO", "RLOO"):
+        trainer = getattr(trl, f"{name}Trainer")(
+            model=str(base / "sft"),
+            reward_funcs=[str(base / "reward_model"), make_score_ids(reward_model, tokenizer)],
+            args=getattr(trl, f"{name}Config")(output_dir=output_dir, **COMMON, **config),
+            train_dataset=prompts,
+        )
+        check_calculate_rewards(name, trainer, tokenizer, rows)
+        train(name, trainer, "rewards/reward_model/mean", "rewards/score_ids/mean")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python benchmark/speed.py --mode decode --workload cpu-gpt2   # a decode step against the bandwidth
     python benchmark/speed.py --mode memory --workload cpu-gpt2   # peak memory of each phase
 
-Contenders: ours (policy and values share one trunk); ours_separate_critic (a second network for the values:
+Contenders: ours (policy and values share one backbone); ours_separate_critic (a second network for the values:
 the same amount of work as TRL's); trl (TRL 1.12.0's PPOTrainer; on CUDA fp32 weights with bf16 autocast, as
 ours); trl_bf16 (all weights and Adam in bf16: lighter, but small steps are rounded away). Checkpoints,
 prompts and flags are equal. Not equal: random numbers; the micro-batch (TRL cannot split a minibatch);
@@ -280,7 +280,7 @@ def memory_job(spec):
             torch.cuda.reset_peak_memory_stats()
         else:
             mib = peak_rss()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is reset
         phase = names[len(rows) % 4] if rows else "load"
         rows.append({"update": len(rows) // 4 + 1, "phase": phase, "mib": mib, "versions": versions()})
         return time.time()
@@ -320,7 +320,7 @@ def decode_job(spec):
     bandwidth = 2 * big.numel() / seconds_of(lambda: other.copy_(big))  # bytes read and written
     head = policy.get_output_embeddings().weight
     tables = [m.weight for m in policy.modules() if isinstance(m, torch.nn.Embedding)]
-    looked_up = {id(table) for table in tables if table is not head}  # one row a token, not the whole
+    looked_up = {id(table) for table in tables if table is not head}  # one row a token
     weights = sum(p.numel() * p.itemsize for p in policy.parameters() if id(p) not in looked_up)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = config.hidden_size // config.num_attention_heads * heads
