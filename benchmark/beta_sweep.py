@@ -36,7 +36,11 @@ from tqdm import tqdm
 
 SAVE_STEPS = 5
 MARKERS = "os^vDPX<>*"
-LABELS = {"gold": "gold score (at most 4)", "score": "RM score (SDs of SFT's)", "kl": "KL (nats a response)"}
+LABELS = {
+    "gold": f"gold score (at most {common.gold_judge.BEST:g})",
+    "score": "RM score (SDs of SFT's)",
+    "kl": "KL (nats a response)",
+}
 FAMILIES = {  # how the fit of each is drawn
     "PPO, beta 0": {"color": "#D55E00", "linestyle": "--"},  # an orange that is not in viridis
     "PPO, all betas": {"color": "#D55E00", "linestyle": ":"},

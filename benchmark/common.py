@@ -19,8 +19,15 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmark/results"
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+# --world is read before all other flags, as the judge that is imported below is the world's. Stages run in
+# its folder: the data sets and the starting model of their defaults, data/..., are then the world's too.
+known = argparse.ArgumentParser(add_help=False)
+known.add_argument("--world", type=Path, default=ROOT)
+WORLD = known.parse_known_args()[0].world.resolve()
+DATA = WORLD / "data"
+if not (DATA / "judge.py").exists():
+    known.error(f"--world: there is no data/judge.py in {WORLD}; benchmark/make_world.py makes it")
+sys.path[:0] = [str(ROOT), str(DATA)]
 
 import judge as gold_judge  # noqa: E402
 
@@ -28,7 +35,9 @@ import ppo_rlhf  # noqa: E402
 
 ppo_rlhf.transformers.logging.set_verbosity_error()
 ppo_rlhf.transformers.logging.disable_progress_bar()
-BASELINES = ROOT / "runs/shipped_task"  # seed1/{sft,reward_model} and so on
+SHIPPED = WORLD == ROOT
+RESULTS = ROOT / "benchmark/results" if SHIPPED else WORLD / "results"
+BASELINES = WORLD / ("runs/shipped_task" if SHIPPED else "runs/baselines")  # seed1/{sft,reward_model}, ...
 # Student's t for 95% intervals of a mean, by the number of values (seeds)
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -37,7 +46,7 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 
 
 
 def keep_checkpoint(folder):
-    """Keep the newest checkpoint of a run as a hard link, which costs nothing while the run goes on."""
+    """Keep the newest checkpoint of a run as a hard link, which costs nothing during the run."""
     state = folder / "checkpoint/state.pt"
     if state.exists():
         link = folder / f"kept/{state.stat().st_ino}.link"
@@ -47,7 +56,7 @@ def keep_checkpoint(folder):
 
 
 def run_once(folder, command, threads=None, keep=False):
-    """Run a command whose output is `folder`, unless that is done -> seconds. A stopped stage goes on.
+    """Run a command whose output is `folder`, unless that is done -> seconds. A stopped stage is resumed.
     keep: its checkpoints are copied as it goes, for `checkpoints` below."""
     folder = Path(folder)
     done = folder / "wall_seconds"
@@ -57,7 +66,7 @@ def run_once(folder, command, threads=None, keep=False):
         start = time.time()
         with open(folder.parent / f"{folder.name}.log", "w") as log:
             words = [sys.executable, *map(str, command)]
-            process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
+            process = subprocess.Popen(words, cwd=WORLD, env=env, stdout=log, stderr=log)
             while process.poll() is None:
                 time.sleep(0.2)
                 if keep:
@@ -100,9 +109,9 @@ def baselines(folder, seeds, parallel):
 
 
 def job(folder, script, *words, **flags):
-    """(folder, command) of a stage that goes on where it was stopped."""
+    """(folder, command) of a stage that resumes where it was stopped."""
     flags = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    return folder, [script, "--output_dir", folder, "--resume", *flags, *words]
+    return folder, [ROOT / script, "--output_dir", folder, "--resume", *flags, *words]
 
 
 def ppo_job(folder, base, seed, *words, script="ppo_rlhf.py", **flags):
@@ -134,7 +143,7 @@ def cached(path, make, *arguments):
 
 def held_out(limit=None):
     """Texts of the held-out prompts."""
-    return [row["prompt"] for row in read_jsonl(ROOT / "data/prompts/test.jsonl")][:limit]
+    return [row["prompt"] for row in read_jsonl(DATA / "prompts/test.jsonl")][:limit]
 
 
 def load_policy(folder):
@@ -160,9 +169,8 @@ def load(base, reward_model=None):
 
 @torch.no_grad()
 def respond(policy, models, texts, seed):
-    """A sampled response to each text, with the same luck for every policy -> rows with prompt, response,
-    score (in the models' scale), kl (nats), length (tokens), ended, gold (the judge's score, at most 4),
-    garbled."""
+    """A sampled response to each text, with the same random numbers for every policy -> rows with prompt,
+    response, score (in the models' scale), kl (nats), length (tokens), ended, gold (the judge's), garbled."""
     args = ppo_rlhf.Args()
     tokenizer = models.tokenizer
     end_ids = ppo_rlhf.find_end_ids(models.reference, tokenizer)
@@ -257,6 +265,7 @@ def parser(doc):
     """With the flags that all have."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = found.add_argument
+    add("--world", type=Path, default=ROOT, help="folder that make_world.py made; runs go there too")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--parallel", type=int, default=2, help="runs at a time, on an equal share of the cores")
     add("--limit", type=int, help="held-out prompts; all by default")

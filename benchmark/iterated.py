@@ -3,7 +3,7 @@
     python benchmark/iterated.py --seeds 1 2 3 4 5 --betas 0.1 --rounds 1 --label newest sft
 
 A round labels --pairs new pairs of the last round's policy (data/label.py), trains a reward model on all
-pairs so far and a policy against it, both anew from the same SFT model. With --label sft the new pairs are
+pairs so far and a policy against it, both trained from the same SFT model. With --label sft the new pairs are
 responses of the SFT model instead: what more pairs bring by themselves. Runs are kept in --work_dir.
 
 Judged on four responses to each held-out prompt. The reward model's accuracy is counted on the held-out pairs
@@ -26,7 +26,7 @@ TITLES |= {"accuracy_new_last": "last RM's", "accuracy_new_gold": "gold score's"
 
 def evaluate(rounds, seed, base, texts):
     """A row of figures for each of `rounds`, {number: folders of (pairs, reward model, policy)}."""
-    old_pairs = read_jsonl(common.ROOT / "data/preferences/test.jsonl")
+    old_pairs = read_jsonl(common.DATA / "preferences/test.jsonl")
     rows = []
     last = None
     known = len(old_pairs)
@@ -59,7 +59,7 @@ def main():
     add("--label", nargs="+", default=["newest"], choices=["newest", "sft"], help="whose responses")
     add("--pairs", type=int, default=3000, help="new pairs a round; another number wants another --work_dir")
     add("--total_episodes", type=int, default=ppo_rlhf.Args.total_episodes)
-    add("--work_dir", type=lambda x: Path(x).resolve(), default=common.ROOT / "runs/iterated")
+    add("--work_dir", type=lambda x: Path(x).resolve(), default=common.WORLD / "runs/iterated")
     args = parser.parse_args()
     common.baselines(args.base_dir, args.seeds, args.parallel)
     base = {seed: args.base_dir / f"seed{seed}" for seed in args.seeds}
@@ -82,7 +82,7 @@ def main():
             add = {"policy": policy if label == "newest" else sft, "add": older or "data/preferences"}
             add |= {"pairs": args.pairs, "seed": 100 * seed + number, "output_dir": pairs}
             words = [word for name, value in add.items() for word in (f"--{name}", value)]
-            jobs["pairs"].append((pairs, ["data/label.py", *words, "--overwrite"]))
+            jobs["pairs"].append((pairs, [common.DATA / "label.py", *words, "--overwrite"]))
             add = {"seed": seed, "model_name_or_path": sft, "dataset_name": pairs}
             jobs["reward model"].append(common.job(model, "reward_model.py", **add))
             add = {"beta": beta, "reward_model_path": model, "total_episodes": args.total_episodes}

@@ -1,6 +1,6 @@
 """A pretrained model instead of the one from scratch: the shipped task as chats, in three stages, on a CPU.
 
-    python benchmark/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --seeds 1 2  # Hub name or folder
+    python benchmark/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --seeds 1 2  # Hub or folder
 
 Without the Hub, the same model's 4-bit weights, made float again (needs `pip install gguf accelerate`):
 
@@ -9,7 +9,7 @@ Without the Hub, the same model's 4-bit weights, made float again (needs `pip in
 
 What differs from the README's first command: the model, with its own tokenizer and chat template; prompts are
 chat messages; each stage sees a part of the data, at the learning rate of a pretrained model (FLAGS). A stage
-that was stopped is resumed. Data, models and logs are in --base_dir, responses in results/real_model_seedN.jsonl.
+that was stopped is resumed. Data, models and logs are in --base_dir, held-out responses in results/.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main():
         ]
         for folder, command in jobs:
             minutes = run_once(folder, command) / 60
-            print(f"seed {seed}, {command[0]}: {minutes:.0f} min, log in {folder}.log", flush=True)
+            print(f"seed {seed}, {folder.name}: {minutes:.0f} min, log in {folder}.log", flush=True)
         rows = read_jsonl(ppo / "eval.jsonl")
         for row in rows:
             row["prompt"] = row["prompt"][0]["content"]  # the judge knows prompts as texts

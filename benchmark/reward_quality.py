@@ -20,7 +20,7 @@ from tqdm import tqdm
 import reward_model as stage2
 import sft
 
-PAIRS = common.ROOT / "data/preferences"
+PAIRS = common.DATA / "preferences"
 
 
 def by_pairs(folder, models, texts, samples):

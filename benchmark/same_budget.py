@@ -5,8 +5,8 @@
 All start from the same SFT and reward models and make 5,120 responses, 128 an update. First the learning
 rate of each is chosen from the same few (--learning_rates), at beta 0.1 and the first seed, by the gold
 score at the end; then each runs with its own at every beta and seed. Every checkpoint is judged by the same
-code, with the same luck. The learning rates are chosen on the prompts that are reported, as ppo_rlhf.py's
-other defaults were.
+code, with the same random numbers. The learning rates are chosen on the prompts that are reported, as
+ppo_rlhf.py's other defaults were.
 
 Made equal, by what TRL offers: prompts, temperature, the stop at EOS and the penalty without it, beta and
 the k1 estimate of the KL, gamma, lambda, clip ranges, weight of the value loss, whitened advantages, no
@@ -15,9 +15,9 @@ makes a quarter of the steps). Scores are normalized for both, so that beta mean
 is put into the head (trl_ppo.py), from SFT responses to the held-out prompts; ours is that of the first
 rollout.
 
-Left as TRL does it: the critic is a network of its own, trained whole at the policy's learning rate, and
-starts as the reward model (ours: a linear layer on the policy's trunk; with --separate_critic, a contender
-of its own, on a trunk that starts as the reward model's); the score falls one slot after the last token,
+Left as TRL does it: the critic is a network of its own, trained in full at the policy's learning rate, and
+starts as the reward model (ours: a linear layer on the policy's backbone; with --separate_critic, a contender
+of its own, on a backbone that starts as the reward model's); the score falls one slot after the last token,
 where a value is learned too, unless the response fills the last slot; old log-probs are the sampler's;
 gradients are not clipped; each pass leaves out the prompts that fill no batch.
 
@@ -58,7 +58,7 @@ def job(args, contender, learning_rate, beta, seed):
         settings |= {"device": "cpu", "contender": contender}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(settings, indent=2))
-    return folder, ["-c", BECOME, args.trl_python, "benchmark/trl_ppo.py", folder]
+    return folder, ["-c", BECOME, args.trl_python, common.ROOT / "benchmark/trl_ppo.py", folder]
 
 
 def run_and_judge(args, name, settings):
@@ -113,7 +113,7 @@ def main():
     add("--total_episodes", type=int, default=ppo_rlhf.Args.total_episodes)
     add("--save_steps", type=int, default=5, help="updates between two checkpoints, all of which are judged")
     add("--samples", type=int, default=1, help="responses to each held-out prompt")
-    add("--work_dir", type=lambda x: Path(x).resolve(), default=common.ROOT / "runs/same_budget")
+    add("--work_dir", type=lambda x: Path(x).resolve(), default=common.WORLD / "runs/same_budget")
     args = parser.parse_args()
     found = shutil.which(args.trl_python)
     check = [found, "-c", "import trl.experimental.ppo"]

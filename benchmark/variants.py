@@ -4,10 +4,11 @@
     python benchmark/variants.py details --seeds 1 2 3
     python benchmark/variants.py mitigations --seeds 1 2 3 4 5 --flags "--beta 0.01"
     python benchmark/variants.py forks --variants PPO RLOO GRPO --seeds 1 2 3
+    python benchmark/variants.py details --world runs/second_world
 
 A variant is a copy of ppo_rlhf.py with patches of benchmark/forks or benchmark/ablations, if any, and flags.
 Each runs in a process of its own from the same SFT and reward model, which are made where they are missing.
-The final policies are judged alike, by the unpatched sampler and reward model, with the same luck for all:
+The final policies are judged alike, by the unpatched sampler and reward model, with the same random numbers:
 gold score, KL, length, and the perplexity on held-out demonstrations, which is what the SFT model knew.
 
 A difference is to the first variant of the set at the same seed, its interval Student's t over the seeds. Of
@@ -81,7 +82,7 @@ SETS = {  # set: {variant: (patches, flags)}; the first is what the others are c
 def perplexity(policy, models):
     """exp of the mean loss of a token of the held-out demonstrations' completions, at temperature 1."""
     end_ids = ppo_rlhf.find_end_ids(models.reference, models.tokenizer)
-    rows = common.read_jsonl(common.ROOT / "data/demonstrations/test.jsonl")
+    rows = common.read_jsonl(common.DATA / "demonstrations/test.jsonl")
     pairs = [sft.encode(models.tokenizer, end_ids, row, "completion") for row in rows]
     total = sum(sft.completion_loss(policy, pairs[i : i + 64], "cpu") for i in range(0, len(pairs), 64))
     return math.exp(total / sum(len(completion) for _, completion in pairs))
@@ -132,11 +133,12 @@ def print_table(rows):
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("set", choices=SETS)
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the set; its first is always run")
-    parser.add_argument("--flags", default="", help='flags of ppo_rlhf.py for all runs, as in "--beta 0.01"')
-    parser.add_argument("--samples", type=int, default=4, help="responses judged to each held-out prompt")
-    parser.add_argument("--work_dir", type=lambda x: Path(x).resolve(), default=common.ROOT / "runs/variants")
+    add = parser.add_argument
+    add("set", choices=SETS)
+    add("--variants", nargs="+", metavar="NAME", help="of the set; its first is always run")
+    add("--flags", default="", help='flags of ppo_rlhf.py for all runs, as in "--beta 0.01"')
+    add("--samples", type=int, default=4, help="responses judged to each held-out prompt")
+    add("--work_dir", type=lambda x: Path(x).resolve(), default=common.WORLD / "runs/variants")
     args = parser.parse_args()
     variants = SETS[args.set]
     if args.variants:
@@ -165,7 +167,7 @@ def main():
             words = [*shared, *flags.format(**values).split()]
             base = args.base_dir / f"seed{seed}"
             jobs[name, seed] = common.ppo_job(folder / f"seed{seed}", base, seed, *words, script=script)
-    jobs = dict(sorted(jobs.items(), key=lambda item: item[0][1]))  # a stopped run has whole seeds
+    jobs = dict(sorted(jobs.items(), key=lambda item: item[0][1]))  # a stopped run has complete seeds
     common.run_all(list(jobs.values()), args.parallel, "ppo")
 
     rows = []

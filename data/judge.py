@@ -15,25 +15,12 @@ import re
 import sys
 from bisect import bisect_left
 
-from world import CONNECTIVES, SENTENCES, TOPICS, split_prompts
+from world import CONNECTIVES, PHRASINGS, SENTENCES, TOPICS, WEIGHTS
 
-# What one of each is worth. Every weight is a multiple of 1/2, so scores are exact and ties are ties.
-WEIGHTS = {
-    "steps": 0.5,  # a step of the topic, in its place among the others
-    "opening": 1.0,  # a courtesy as the first sentence
-    "closing": 1.0,  # a courtesy as the last sentence
-    "rude": -1.0,
-    "filler": -0.5,  # rambling
-    "vague": -0.5,  # says that it depends
-    "foreign": -1.0,  # a step of another topic
-    "garbled": -1.0,  # not a sentence of this world, or one that breaks off
-    "repeated": -1.0,  # said before in this answer; comes on top of what the sentence itself costs
-    "misplaced": -1.0,  # a courtesy anywhere else, a second one therefore too
-    "disordered": -0.5,  # a step of the topic, but before or after its place
-}
-BEST = 4.0  # a courtesy, the four steps in order, a courtesy
+# A courtesy, the four steps in order, a courtesy
+BEST = WEIGHTS["opening"] + 4 * WEIGHTS["steps"] + WEIGHTS["closing"]
 
-TOPIC_OF_PROMPT = {prompt: topic for prompts in split_prompts().values() for prompt, topic in prompts.items()}
+TOPIC_OF_PROMPT = {phrasing.format(topic): topic for topic in TOPICS for phrasing in PHRASINGS[topic]}
 TOPIC_OF_STEP = {step: topic for topic, steps in TOPICS.items() for step in steps}
 KIND_OF_SENTENCE = {sentence: kind for kind, sentences in SENTENCES.items() for sentence in sentences}
 STEP_SENTENCE = re.compile(rf"(?:{'|'.join(CONNECTIVES)}) (.*)\.")
@@ -106,7 +93,7 @@ def spearman(xs, ys):
 
 
 def bootstrap_interval(numbers, resamples=2000, seed=0):
-    """95% interval of the mean: percentiles over samples drawn anew from the prompts."""
+    """95% interval of the mean: percentiles over samples drawn with replacement from the prompts."""
     draw = random.Random(seed)
     means = sorted(mean(draw.choices(numbers, k=len(numbers))) for _ in range(resamples))
     return [means[round(q * (resamples - 1))] for q in (0.025, 0.975)]

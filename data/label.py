@@ -1,4 +1,4 @@
-"""Label new pairs for another round of RLHF: a policy answers the training prompts, the noisy human of
+"""Label new pairs for a second round of RLHF: a policy answers the training prompts, the noisy human of
 make_data.py compares.
 
     python data/label.py --policy runs/ppo --add data/preferences --output_dir runs/pairs

@@ -1,6 +1,6 @@
 """Write the data set of the shipped task: the same bytes on every machine.
 
-    python data/make_data.py [--output_dir data]
+    python data/make_data.py [--output_dir data] [--rotation 0]
 
 Demonstrations are answers of mixed quality, as humans write them. Preference pairs are answers that
 a model samples while it is trained, its typical errors among them, labelled by a noisy human: a
@@ -14,14 +14,11 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+import world
 from judge import judge
-from world import BETWEEN, FIRST, LAST, SENTENCES, TOPICS, split_prompts
+from world import BETWEEN, FIRST, LAST, PHRASINGS, SENTENCES, TOPICS
 
 SEED = 1
-
-# Rows for each of the 360 train and 120 test prompts. Together the files stay under 4 MB.
-DEMONSTRATIONS_PER_PROMPT = {"train": 8, "test": 2}
-PAIRS_PER_PROMPT = {"train": 25, "test": 10}
 
 
 class Style(NamedTuple):
@@ -36,32 +33,7 @@ class Style(NamedTuple):
     off_topic: float = 0.02  # the steps are another topic's: rare, as it is by far the hardest to learn
 
 
-# The demonstrations, and the answers of a model that imitates them: half of those in the pairs.
-HUMAN = Style(
-    opening={"opening": 0.32, "rude": 0.16, None: 0.52},
-    closing={"closing": 0.32, "rude": 0.10, None: 0.58},
-    steps={4: 0.20, 3: 0.26, 2: 0.28, 1: 0.16, 0: 0.10},
-    fillers={0: 0.36, 1: 0.40, 2: 0.24},
-)
-# The other half: what the policy will be like when it has learned something. A reward model that
-# has seen only the beginning of the road does not know the rest of it.
-BETTER = Style(
-    opening={"opening": 0.60, "rude": 0.03, None: 0.37},
-    closing={"closing": 0.60, "rude": 0.03, None: 0.37},
-    steps={4: 0.55, 3: 0.25, 2: 0.12, 1: 0.05, 0: 0.03},
-    fillers={0: 0.70, 1: 0.22, 2: 0.08},
-)
-
-# An answer in a pair has an error of a sampled model with this probability. A reward model that has
-# seen only clean answers rewards garbled ones, and PPO finds them.
-ERROR = 0.08
-# This share of the pairs are an answer and the same with one thing changed: an error or an edit.
-# They say what the difference is worth, where two independent answers differ in everything.
-CLOSE_PAIRS = 0.5
-CLOSE_PAIR_BY_ERROR = 0.15
-# Sharpness of the labels: P(a preferred to b) = sigmoid(SHARPNESS * (gold(a) - gold(b))).
-SHARPNESS = 2.0
-
+HUMAN, BETTER = Style(**world.HUMAN), Style(**world.BETTER)
 STEP_WORDS = sorted({word for steps in TOPICS.values() for step in steps for word in step.split(" ")})
 
 
@@ -216,15 +188,8 @@ def stuff_courtesy(dice, topic, answer):
     return insert(answer, i + 1 if kind == "opening" else i, say(dice, kind))
 
 
-ERRORS = {  # how often each is made, if one is
-    splice: 0.34,
-    foreign_step: 0.26,
-    garble: 0.16,
-    cut_short: 0.08,
-    repeat: 0.07,
-    off_topic: 0.06,
-    stuff_courtesy: 0.03,
-}
+ERRORS = (splice, foreign_step, garble, cut_short, repeat, off_topic, stuff_courtesy)
+ERRORS = {error: world.ERRORS[error.__name__] for error in ERRORS}
 
 
 # Edits, of the same form: what makes an answer better or worse without an error of language.
@@ -290,7 +255,7 @@ def compare(dice, prompt, a, b):
     difference = judge(prompt, a)["score"] - judge(prompt, b)["score"]
     if not difference:
         return None
-    prefers_a = dice.chance(1 / (1 + math.exp(-SHARPNESS * difference)))
+    prefers_a = dice.chance(1 / (1 + math.exp(-world.SHARPNESS * difference)))
     chosen, rejected = (a, b) if prefers_a else (b, a)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -300,29 +265,45 @@ def preference(dice, prompt, topic):
 
     def sampled():
         answer = compose(dice, topic, dice.pick([HUMAN, BETTER]))
-        return dice.pick_weighted(ERRORS)(dice, topic, answer) if dice.chance(ERROR) else answer
+        return dice.pick_weighted(ERRORS)(dice, topic, answer) if dice.chance(world.ERROR) else answer
 
-    close, row = dice.chance(CLOSE_PAIRS), None
+    close, row = dice.chance(world.CLOSE_PAIRS), None
     while not row:
         if close:
             a = compose(dice, topic, dice.pick([HUMAN, BETTER]))
-            b = dice.pick_weighted(ERRORS if dice.chance(CLOSE_PAIR_BY_ERROR) else EDITS)(dice, topic, a)
+            changes = ERRORS if dice.chance(world.CLOSE_PAIR_BY_ERROR) else EDITS
+            b = dice.pick_weighted(changes)(dice, topic, a)
         else:
             a, b = sampled(), sampled()
         row = compare(dice, prompt, " ".join(write(a)), " ".join(write(b)))
     return row
 
 
-def make_rows():
+def split_prompts(rotation=0):
+    """{"train": {prompt: topic}, "test": {prompt: topic}}: every topic in its phrasings.
+
+    A quarter of the combinations is held out, another quarter for each topic in turn: a model has
+    met every topic and every phrasing of the test prompts, but never the two together. Another
+    rotation (1, 2 or 3) holds out another quarter: to tune on without a look at the test prompts.
+    """
+    prompts = {"train": {}, "test": {}}
+    for i, topic in enumerate(TOPICS):
+        for j, phrasing in enumerate(PHRASINGS[topic]):
+            split = "test" if j % 4 == (i + rotation) % 4 else "train"
+            prompts[split][phrasing.format(topic)] = topic
+    return prompts
+
+
+def make_rows(rotation):
     """{(folder, split): rows}, each drawn with dice of its own: tuning one leaves the others alone."""
     tables = {}
-    for split, prompts in split_prompts().items():
+    for split, prompts in split_prompts(rotation).items():
         for folder, make_row, per_prompt in (
-            ("demonstrations", demonstration, DEMONSTRATIONS_PER_PROMPT[split]),
-            ("preferences", preference, PAIRS_PER_PROMPT[split]),
+            ("demonstrations", demonstration, world.DEMONSTRATIONS_PER_PROMPT[split]),
+            ("preferences", preference, world.PAIRS_PER_PROMPT[split]),
             ("prompts", lambda dice, prompt, topic: {"prompt": prompt}, 1),
         ):
-            dice = Dice(f"{SEED} {folder} {split}")
+            dice = Dice(f"{SEED + rotation} {folder} {split}")  # else a rotation had the same answers again
             rows = [
                 make_row(dice, prompt, topic) for prompt, topic in prompts.items() for _ in range(per_prompt)
             ]
@@ -333,10 +314,13 @@ def make_rows():
 def main():
     parser = argparse.ArgumentParser(description="Write the data set of the shipped task.")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
-    output_dir = parser.parse_args().output_dir
+    parser.add_argument("--rotation", type=int, choices=range(4), default=0, help="which quarter is held out")
+    args = parser.parse_args()
+    if args.rotation and args.output_dir == parser.get_default("output_dir"):
+        parser.error("--rotation: with an --output_dir, or it would replace the shipped files")
     total = 0
-    for (folder, split), rows in make_rows().items():
-        path = output_dir / folder / f"{split}.jsonl"
+    for (folder, split), rows in make_rows(args.rotation).items():
+        path = args.output_dir / folder / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

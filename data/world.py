@@ -1,8 +1,10 @@
-"""The world of the shipped task: what can be asked, and every sentence that an answer can hold.
+"""The world of the shipped task: what can be asked, every sentence that an answer can hold, what each
+is worth, and how people answer.
 
 Constants only. `make_data.py` composes demonstrations and preference pairs from them, `judge.py`
 recognises them again. The words are few and plain, so that a tokenizer of 1,024 entries spells
 most of them in one token and a model of a million parameters learns the language in minutes.
+Another world is another file of these names: `benchmark/second_world.py`.
 """
 
 # ruff: noqa: E501
@@ -84,6 +86,8 @@ EXPLANATION_PHRASINGS = (
     "I need to understand {}.",
 )
 
+PHRASINGS = dict.fromkeys(TASKS, TASK_PHRASINGS) | dict.fromkeys(EXPLANATIONS, EXPLANATION_PHRASINGS)
+
 # A step becomes a sentence by the word before it: "First heat the oven. Finally bake it for an hour."
 FIRST, BETWEEN, LAST = "First", ("Then", "Next"), "Finally"
 CONNECTIVES = (FIRST, *BETWEEN, LAST)
@@ -103,15 +107,57 @@ SENTENCES = {
     "vague": ("It depends on many things.", "There are many ways.", "You will find out."),
 }
 
+# What one of each is worth to the judge. Every weight is a multiple of 1/2, so scores are exact and ties are ties.
+WEIGHTS = {
+    "steps": 0.5,  # a step of the topic, in its place among the others
+    "opening": 1.0,  # a courtesy as the first sentence
+    "closing": 1.0,  # a courtesy as the last sentence
+    "rude": -1.0,
+    "filler": -0.5,  # rambling
+    "vague": -0.5,  # says that it depends
+    "foreign": -1.0,  # a step of another topic
+    "garbled": -1.0,  # not a sentence of this world, or one that breaks off
+    "repeated": -1.0,  # said before in this answer; comes on top of what the sentence itself costs
+    "misplaced": -1.0,  # a courtesy anywhere else, a second one therefore too
+    "disordered": -0.5,  # a step of the topic, but before or after its place
+}
 
-def split_prompts():
-    """{"train": {prompt: topic}, "test": {prompt: topic}}: every topic in its twelve phrasings.
+# Rows for each of the 360 train and 120 test prompts. Together the files stay under 4 MB.
+DEMONSTRATIONS_PER_PROMPT = {"train": 8, "test": 2}
+PAIRS_PER_PROMPT = {"train": 25, "test": 10}
 
-    A quarter of the combinations is held out, another quarter for each topic in turn: a model has
-    met every topic and every phrasing of the test prompts, but never the two together.
-    """
-    prompts = {"train": {}, "test": {}}
-    for i, topic in enumerate(TOPICS):
-        for j, phrasing in enumerate(TASK_PHRASINGS if topic in TASKS else EXPLANATION_PHRASINGS):
-            prompts["test" if j % 4 == i % 4 else "train"][phrasing.format(topic)] = topic
-    return prompts
+# How somebody answers; `Style` in make_data.py says what the probabilities are of. The demonstrations, and the
+# answers of a model that imitates them: half of those in the pairs.
+HUMAN = {
+    "opening": {"opening": 0.32, "rude": 0.16, None: 0.52},
+    "closing": {"closing": 0.32, "rude": 0.10, None: 0.58},
+    "steps": {4: 0.20, 3: 0.26, 2: 0.28, 1: 0.16, 0: 0.10},
+    "fillers": {0: 0.36, 1: 0.40, 2: 0.24},
+}
+# The other half: what the policy will be like when it has learned something. A reward model that
+# has seen only the beginning of the road does not know the rest of it.
+BETTER = {
+    "opening": {"opening": 0.60, "rude": 0.03, None: 0.37},
+    "closing": {"closing": 0.60, "rude": 0.03, None: 0.37},
+    "steps": {4: 0.55, 3: 0.25, 2: 0.12, 1: 0.05, 0: 0.03},
+    "fillers": {0: 0.70, 1: 0.22, 2: 0.08},
+}
+
+# An answer in a pair has an error of a sampled model with this probability. A reward model that has
+# seen only clean answers rewards garbled ones, and PPO finds them.
+ERROR = 0.08
+ERRORS = {  # how often each is made, if one is; the functions of these names are in make_data.py
+    "splice": 0.34,
+    "foreign_step": 0.26,
+    "garble": 0.16,
+    "cut_short": 0.08,
+    "repeat": 0.07,
+    "off_topic": 0.06,
+    "stuff_courtesy": 0.03,
+}
+# This share of the pairs are an answer and the same with one thing changed: an error or an edit.
+# They say what the difference is worth, where two independent answers differ in everything.
+CLOSE_PAIRS = 0.5
+CLOSE_PAIR_BY_ERROR = 0.15
+# Sharpness of the labels: P(a preferred to b) = sigmoid(SHARPNESS * (gold(a) - gold(b))).
+SHARPNESS = 2.0

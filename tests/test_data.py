@@ -1,6 +1,7 @@
 """The shipped task: its files, its gold judge and the judge's command line."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ SCRATCH = DATA / "scratch"
 sys.path.insert(0, str(DATA))
 
 import judge as gold  # noqa: E402
+import make_data  # noqa: E402
 import make_scratch  # noqa: E402
 import world  # noqa: E402
 
@@ -77,7 +79,41 @@ def test_no_training_file_holds_a_held_out_prompt():
     assert not train & test
     assert prompts("prompts", "test") == test and len(test) > 100
     for split, prompts_of in (("train", train), ("test", test)):
-        assert {world.split_prompts()[split][prompt] for prompt in prompts_of} == set(world.TOPICS)
+        assert {make_data.split_prompts()[split][prompt] for prompt in prompts_of} == set(world.TOPICS)
+
+
+def test_rotations_hold_out_other_prompts():
+    """The four quarters are all prompts, each once: who tunes on one does not look at another's. And the
+    shipped files are not replaced by those of a rotation."""
+    quarters = [set(make_data.split_prompts(rotation)["test"]) for rotation in range(4)]
+    assert quarters[0] == prompts("prompts", "test")
+    assert set.union(*quarters) == set(gold.TOPIC_OF_PROMPT) and sum(map(len, quarters)) == 480
+    done = run(DATA / "make_data.py", "--rotation", 1)
+    assert done.returncode == 2 and "--output_dir" in done.stderr
+
+
+def test_second_world(tmp_path):
+    """It has every constant of the shipped world, no topic, phrasing or sentence of it, and its folder holds
+    what the stages and benchmarks take from data/: with --world, common.py has its judge and prompts."""
+    folder = tmp_path / "second"
+    constants = REPOSITORY / "benchmark/second_world.py"
+    done = run(constants.parent / "make_world.py", "--output_dir", folder, "--constants", constants)
+    assert done.returncode == 0, done.stderr
+    second = runpy.run_path(str(folder / "data/world.py"))
+    for name, value in vars(world).items():
+        assert not name.isupper() or type(second[name]) is type(value), name
+    for name in ("TOPICS", "TASK_PHRASINGS", "EXPLANATION_PHRASINGS", "CONNECTIVES"):
+        assert not {*vars(world)[name]} & {*second[name]}
+    steps = [step for own in second["TOPICS"].values() for step in own]
+    said = [sentence for sentences in second["SENTENCES"].values() for sentence in sentences]
+    assert len({*steps, *said}) == len(steps + said) and all(" " in text for text in steps + said)
+    assert not {*said} & {*gold.KIND_OF_SENTENCE} and not {*steps} & {*gold.TOPIC_OF_STEP}
+    assert {*COLUMNS, "scratch", "judge.py"} <= {path.name for path in (folder / "data").iterdir()}
+    assert (folder / "sft.py").samefile(REPOSITORY / "sft.py")
+    code = "import common; print(common.gold_judge.BEST, len(common.held_out()), common.BASELINES)"
+    line = [sys.executable, "-c", code, "--world", folder]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY / "benchmark")
+    assert done.stdout.split() == ["5.0", "96", f"{folder.resolve()}/runs/baselines"], done.stderr
 
 
 def margin(row):
@@ -97,7 +133,7 @@ def test_labels_are_as_noisy_as_people():
 
 # ---- The judge, on answers written here ----
 
-PROMPT, TOPIC = next(iter(world.split_prompts()["test"].items()))
+PROMPT, TOPIC = next(iter(make_data.split_prompts()["test"].items()))
 A, B, C, D = world.TOPICS[TOPIC]
 OTHER = next(steps[0] for topic, steps in world.TOPICS.items() if topic != TOPIC)
 KINDS = ("opening", "closing", "rude", "filler", "vague")
