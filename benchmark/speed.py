@@ -7,9 +7,9 @@
 
 Contenders: ours (policy and values share one backbone); ours_separate_critic (a second network for the
 values: the same amount of work as TRL's); trl (TRL 1.12.0's PPOTrainer; on CUDA fp32 weights with bf16
-autocast, as ours); trl_bf16 (all weights and Adam in bf16: lighter, but small steps are rounded away). Checkpoints,
-prompts and flags are equal. Not equal: random numbers; the micro-batch (TRL cannot split a minibatch);
-gradient clipping.
+autocast, as ours); trl_bf16 (all weights and Adam in bf16: lighter, but small steps are rounded away).
+Checkpoints, prompts and flags are equal. Not equal: random numbers; the micro-batch (TRL cannot split a
+minibatch); gradient clipping.
 
 Each contender runs in a fresh process, in turn, --rounds times. The first update is a warm-up; the table
 holds medians, and ratios of medians round by round. Loading and the end of a run are not timed. Peak memory
