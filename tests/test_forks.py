@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY, read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM
+
+import ppo_rlhf
 
 PATCHES = sorted(REPOSITORY.glob("benchmark/forks/*.patch"))
 PATCHES += sorted(REPOSITORY.glob("benchmark/ablations/*.patch"))
@@ -104,7 +107,7 @@ def run(patch, inputs, folder, monkeypatch):
 def test_patch(patch, inputs, tmp_path, monkeypatch):
     seen, metrics = run(patch, inputs, tmp_path, monkeypatch)
     assert len(metrics) == 2 and len(read_jsonl(tmp_path / "run/eval.jsonl")) == 6
-    assert seen[-1]["moved"]
+    assert seen[-1]["moved"] or patch.stem == "lora"  # whose reference is the policy itself
     at = seen[1]  # update 2, before its first minibatch; names of minibatches are those of update 1's last
     mask = at["mask"]
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -145,6 +148,16 @@ def test_patch(patch, inputs, tmp_path, monkeypatch):
         assert at["raw"][-1].tolist() == [sum(map(ord, text)) for text in texts]
     elif patch.stem == "no_value_head":
         assert not any("value" in name for name in [*metrics[0], *(p.name for p in tmp_path.glob("run/*"))])
+    elif patch.stem == "lora":
+        with torch.no_grad():
+            for idx, *inputs, t in ppo_rlhf.micro_batches(at["batch"], torch.arange(16), 16):
+                expected, _, _ = ppo_rlhf.forward(tiny_model("gpt2"), *inputs, 0.7)
+                close(at["ref_logprobs"][idx, :t], expected)
+        assert metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-4) != metrics[1]["objective/kl"]
+        saved, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]  # plain weights
+        changed = [not torch.equal(a, b) for a, b in zip(saved.parameters(), tiny_model("gpt2").parameters())]
+        assert 0 < sum(changed) < len(changed)
     elif patch.stem == "ptx":
         assert all(row["loss/ptx_avg"] > 0 for row in metrics)
     elif patch.stem == "dropout_on":
