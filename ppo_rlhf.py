@@ -97,8 +97,6 @@ class Args:
 
 
 # ---- The mathematics: [B, T] tensors, with a mask that is 1 on real response tokens and 0 on padding ----
-
-
 def masked_mean(x, mask):
     """Mean of x over the real tokens -> scalar."""
     return (x * mask).sum() / mask.sum()
@@ -145,8 +143,6 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 # ---- What is sampled, its log-probs, values and scores; the sampler itself is below `main` ----
-
-
 def roll_left(prompts, responses, starts):
     """[pad pad q q | r r] -> [q q r r pad pad]: prompts [B, P], responses [B, T] -> sequences [B, P+T]."""
     joined = torch.cat([prompts, responses], 1)  # [B, P+T]
@@ -250,7 +246,8 @@ def score(reward_model, tokenizer, batch, rows, size):
     scores = torch.zeros(len(rows), device=batch.lengths.device)  # [B]
     for idx, ids, starts, _, _ in micro_batches(batch, torch.arange(len(rows)), size):
         mb_rows = [rows[i] for i in idx]
-        scores[idx] = reward_fn(reward_model, tokenizer, ids, starts, batch.lengths[idx], mb_rows).to(scores)
+        mb_scores = reward_fn(reward_model, tokenizer, ids, starts, batch.lengths[idx], mb_rows)  # [b]
+        scores[idx] = mb_scores.to(scores)
     return scores
 
 
@@ -529,8 +526,6 @@ def main(args):
 
 
 # ---- The sampler ----
-
-
 @torch.no_grad()
 def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id):
     """Sample responses -> responses [B, T], lengths [B] with EOS, whether they ended [B], log-probs [B, T].
@@ -608,8 +603,6 @@ def bf16_copy(model):
 
 
 # ---- Plumbing. Functions marked [shared], here and above, are the same in the other scripts ----
-
-
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
     print(f"error: {message}", file=sys.stderr)
@@ -659,12 +652,15 @@ def find_end_ids(model, tokenizer):  # [shared]
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")[2]
     ids = tokenizer(after, add_special_tokens=False).input_ids
-    ends.add(next((i for i in ids if i in tokenizer.added_tokens_decoder), None))
+    added = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    ends.update(added[:1])
     return sorted(ends - {None})
 
 
 def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
     """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
+    if path.startswith("runs/") and not Path(path, "config.json").exists():
+        fail(f"there is no model in {path} yet: run the earlier stage first")
     tokenizer = AutoTokenizer.from_pretrained(path)
     model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     wrong = (info["missing_keys"] | info["unexpected_keys"]) - {*new_weights}

@@ -263,8 +263,6 @@ def main(args):
 
 
 # ---- Plumbing. Functions marked [shared], here and above, are the same in the other scripts ----
-
-
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
     print(f"error: {message}", file=sys.stderr)
@@ -333,12 +331,15 @@ def find_end_ids(model, tokenizer):  # [shared]
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")[2]
     ids = tokenizer(after, add_special_tokens=False).input_ids
-    ends.add(next((i for i in ids if i in tokenizer.added_tokens_decoder), None))
+    added = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    ends.update(added[:1])
     return sorted(ends - {None})
 
 
 def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
     """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
+    if path.startswith("runs/") and not Path(path, "config.json").exists():
+        fail(f"there is no model in {path} yet: run the earlier stage first")
     tokenizer = AutoTokenizer.from_pretrained(path)
     model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     wrong = (info["missing_keys"] | info["unexpected_keys"]) - {*new_weights}

@@ -148,6 +148,7 @@ CASES = {
     "output_dir is the input": (EVERY, nothing, {"output_dir": "base"}, "base is the folder of an input"),
     "... with --overwrite": (PPO, nothing, {"output_dir": "data/../base", "overwrite": True}, "input"),
     "output_dir is the reward model": (PPO, nothing, {"output_dir": "rm", "overwrite": True}, "input"),
+    "no earlier stage": (EVERY[1:], nothing, {"model_name_or_path": "runs/sft"}, "earlier stage"),
     "no data set": (RM, nothing, {"dataset_name": "nowhere"}, "nowhere"),
     "no split": (EVERY, nothing, {"dataset_train_split": "trian"}, "trian"),
     "no test split": (PPO, missing("data/test.jsonl"), {}, "split test"),
