@@ -193,8 +193,7 @@ def micro_batches(batch, indices, size):
 
 
 def hidden_states(model, ids):  # [shared]
-    """Last hidden states of right-padded ids: [B, L] -> [B, L, d]; nothing real sees what is on its right.
-    On CUDA matrix products are bf16, but weights fp32: bf16 would round small optimizer steps away."""
+    """Last hidden states of right-padded ids: [B, L] -> [B, L, d]. On CUDA in bf16, from weights in fp32."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -252,8 +251,8 @@ def score(reward_model, tokenizer, batch, rows, size):
 
 
 def main(args):
-    if args.temperature <= 0 or args.beta < 0:
-        fail("--temperature must be above 0, --beta at least 0")
+    if args.temperature <= 0 or args.beta < 0 or (args.adaptive_kl_target and not args.beta):
+        fail("--temperature must be above 0, --beta at least 0, and above with --adaptive_kl_target")
     if args.batch_size % args.num_mini_batches or args.total_episodes % args.batch_size:
         fail("--total_episodes must be a multiple of --batch_size, and that of --num_mini_batches")
     changeable = ("gradient_checkpointing", "per_device_train_batch_size", "rollout_batch_size")
@@ -283,7 +282,8 @@ def main(args):
                 fail(f"{row['where']}: the prompt must end with a user or tool message")
             row.setdefault("prompt", prompt)
             row["prompt_ids"] = render(tokenizer, row, prompt, add_generation_prompt=True)
-            if render(reward_tokenizer, row, prompt, add_generation_prompt=True) != row["prompt_ids"]:
+            chat = [*prompt, {"role": "assistant", "content": "Hello!"}]
+            if render(reward_tokenizer, row, chat) != render(tokenizer, row, chat):
                 fail(f"{row['where']}: the reward model has a different tokenizer or chat template")
         data.append([row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length])
         print(f"{split}: {len(data[-1])} of {len(rows)} prompts are within --max_prompt_length")
@@ -380,7 +380,9 @@ def main(args):
             # The scale of a reward is arbitrary. This rollout samples the SFT model: there, scores get mean 0
             # and standard deviation 1, so that one beta fits all (lm-human-preferences, train_reward.py:252).
             score_mean = scores.mean().item()
-            score_std = scores.std().item() or 1.0
+            score_std = scores.std().item()
+            if not score_std > 1e-6 * (1 + abs(score_mean)):  # all scores are alike
+                score_std = 1.0
         scores = (scores - score_mean) / score_std  # [B]
         # Without a penalty for being cut off, the policy could learn to ramble on rather than write EOS.
         scores -= args.missing_eos_penalty * ~batch.ended
@@ -634,7 +636,7 @@ def read_chat(row, column):  # [shared]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
-        fail(f"{row['where']}: {name} must be text or messages (role, content), not ShareGPT's: {list(row)}")
+        fail(f"{row['where']}: {name} must be text, or messages of role and content (text): {list(row)}")
     if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
@@ -650,10 +652,11 @@ def find_end_ids(model, tokenizer):  # [shared]
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")[2]
+    _, content, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")
+    if not content:
+        fail("the chat template does not write what messages say")
     ids = tokenizer(after, add_special_tokens=False).input_ids
-    added = [i for i in ids if i in tokenizer.added_tokens_decoder]
-    ends.update(added[:1])
+    ends.update([i for i in ids if i in tokenizer.added_tokens_decoder][:1])
     return sorted(ends - {None})
 
 
@@ -678,7 +681,7 @@ def check_model(model, tokenizer, rows, extra=0):  # [shared]
     pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
     pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")
     length = pair.input_ids.shape[1] + extra
-    if length > getattr(model.config, "max_position_embeddings", length):
+    if length > getattr(model.config.get_text_config(), "max_position_embeddings", length):
         fail(f"sequences of {length} tokens exceed the model's context; lower the length limits")
     ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
     difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
@@ -714,8 +717,8 @@ def open_logs(args, state, *names):  # [shared]
     for log, size in zip(logs, sizes):
         log.truncate(size)
     if not state:  # an older model or checkpoint must not be taken for this run's
-        (folder / "config.json").unlink(missing_ok=True)
-        (folder / "checkpoint/state.pt").unlink(missing_ok=True)
+        for name in ("config.json", "eval.jsonl", "checkpoint/state.pt"):
+            (folder / name).unlink(missing_ok=True)
     return logs
 
 

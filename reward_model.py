@@ -72,8 +72,7 @@ def pair_scores(model, pairs, device):
 
 
 def hidden_states(model, ids):  # [shared]
-    """Last hidden states of right-padded ids: [B, L] -> [B, L, d]; nothing real sees what is on its right.
-    On CUDA matrix products are bf16, but weights fp32: bf16 would round small optimizer steps away."""
+    """Last hidden states of right-padded ids: [B, L] -> [B, L, d]. On CUDA in bf16, from weights in fp32."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -126,7 +125,6 @@ def main(args):
     state = load_checkpoint(args, [args.model_name_or_path])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-
     # 1. Model: the SFT model's backbone with a new scalar head
     sft, tokenizer = load_pretrained(AutoModelForCausalLM, args.model_name_or_path)
     end_ids = find_end_ids(sft, tokenizer)
@@ -294,7 +292,7 @@ def read_chat(row, column):  # [shared]
         role = "user" if name == "prompt" else "assistant"
         chat.append({"role": role, "content": reply.strip() if before else reply})
     if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
-        fail(f"{row['where']}: {name} must be text or messages (role, content), not ShareGPT's: {list(row)}")
+        fail(f"{row['where']}: {name} must be text, or messages of role and content (text): {list(row)}")
     if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
@@ -310,18 +308,19 @@ def encode(tokenizer, end_ids, row, column):  # [shared]
     chat = read_chat(row, column)
     roles = [message["role"] for message in chat[-2:]]
     if roles not in (["user", "assistant"], ["tool", "assistant"]):
-        fail(f"{row['where']}: it must end with messages of the user and the assistant, not {roles}")
+        fail(f"{row['where']}: it must end with messages of user and assistant, not {roles}: {list(row)}")
     prompt_ids = render(tokenizer, row, chat[:-1], add_generation_prompt=True)
     ids = render(tokenizer, row, chat)
     same = len(os.path.commonprefix([prompt_ids, ids]))
     if same < len(prompt_ids):
         alone = tokenizer.decode(prompt_ids[same:])
         fail(f"{row['where']}: the prompt's end {alone!r} becomes {tokenizer.decode(ids[same:])!r} in a chat")
-    response_ids = ids[same:]
-    ends = [i for i, token in enumerate(response_ids) if token in end_ids]
-    if not ends:  # the template writes none
-        return prompt_ids, [*response_ids, tokenizer.eos_token_id]
-    return prompt_ids, response_ids[: ends[0] + 1]
+    response_ids = [*ids[same:], tokenizer.eos_token_id]  # in case that the template writes no end
+    end = next(i for i, token in enumerate(response_ids, 1) if token in end_ids)
+    rest = tokenizer.decode(response_ids[end:], skip_special_tokens=True)
+    if rest.strip():
+        fail(f"{row['where']}: an end of turn comes before {rest!r}: see eos_token_id in generation_config")
+    return prompt_ids, response_ids[:end]
 
 
 def find_end_ids(model, tokenizer):  # [shared]
@@ -329,10 +328,11 @@ def find_end_ids(model, tokenizer):  # [shared]
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")[2]
+    _, content, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")
+    if not content:
+        fail("the chat template does not write what messages say")
     ids = tokenizer(after, add_special_tokens=False).input_ids
-    added = [i for i in ids if i in tokenizer.added_tokens_decoder]
-    ends.update(added[:1])
+    ends.update([i for i in ids if i in tokenizer.added_tokens_decoder][:1])
     return sorted(ends - {None})
 
 
@@ -357,7 +357,7 @@ def check_model(model, tokenizer, rows, extra=0):  # [shared]
     pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
     pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")
     length = pair.input_ids.shape[1] + extra
-    if length > getattr(model.config, "max_position_embeddings", length):
+    if length > getattr(model.config.get_text_config(), "max_position_embeddings", length):
         fail(f"sequences of {length} tokens exceed the model's context; lower the length limits")
     ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
     difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
@@ -393,8 +393,8 @@ def open_logs(args, state, *names):  # [shared]
     for log, size in zip(logs, sizes):
         log.truncate(size)
     if not state:  # an older model or checkpoint must not be taken for this run's
-        (folder / "config.json").unlink(missing_ok=True)
-        (folder / "checkpoint/state.pt").unlink(missing_ok=True)
+        for name in ("config.json", "eval.jsonl", "checkpoint/state.pt"):
+            (folder / name).unlink(missing_ok=True)
     return logs
 
 

@@ -140,3 +140,13 @@ def test_a_rule_that_looks_at_the_row(tmp_path, monkeypatch):
         expected = (hand(row["sft"], row["prompt"]) - mean) / std
         assert row["sft_score"] == pytest.approx(expected, abs=1e-3)
     assert len({row["sft_score"] for row in rows}) > 4
+
+
+@pytest.mark.parametrize("value, batch", [(0.1, B), (0.3, 1)])
+def test_scores_that_are_all_alike(value, batch, tmp_path, monkeypatch):
+    """Of a format reward in the first rollout, or of a batch of one: the scale is 1, not a rounding error."""
+    rule = lambda reward_model, tokenizer, sequences, *rest: torch.full((len(sequences),), value)
+    monkeypatch.setattr(ppo, "reward_fn", rule)
+    run(tmp_path, reward_model_path="", total_episodes=2 * batch, batch_size=batch, num_mini_batches=1)
+    head = load_file(tmp_path / "ppo/value_head.safetensors")
+    assert head["score_scale"].tolist() == pytest.approx([value, 1.0])

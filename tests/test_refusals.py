@@ -82,6 +82,9 @@ def without(row, name):
     return [{"prompt": "Hi"} if name != "prompt" else {"completion": "Hello"}] * 2
 
 
+PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+
+
 def tokenizer(name="base", **changes):
     def spoil(folder, stage):
         changed = tiny_tokenizer()
@@ -148,7 +151,6 @@ CASES = {
     "output_dir is the input": (EVERY, nothing, {"output_dir": "base"}, "base is the folder of an input"),
     "... with --overwrite": (PPO, nothing, {"output_dir": "data/../base", "overwrite": True}, "input"),
     "output_dir is the reward model": (PPO, nothing, {"output_dir": "rm", "overwrite": True}, "input"),
-    "no earlier stage": (EVERY[1:], nothing, {"model_name_or_path": "runs/sft"}, "earlier stage"),
     "no data set": (RM, nothing, {"dataset_name": "nowhere"}, "nowhere"),
     "no split": (EVERY, nothing, {"dataset_train_split": "trian"}, "trian"),
     "no test split": (PPO, missing("data/test.jsonl"), {}, "split test"),
@@ -156,7 +158,12 @@ CASES = {
     "no rows": (SFT, rows(lambda row, name: []), {}, "data"),
     "column missing": (EVERY, rows(without), {}, "row 1"),
     "column empty": (EVERY, last(""), {}, "row 2"),
-    "column null": (SFT, last(None), {}, "row 2"),
+    "column null": (
+        SFT,
+        rows(lambda row, name: [{"prompt": "Hi", name: x} for x in ("a", None)]),
+        {},
+        "row 2",
+    ),
     "column of numbers": (RM, last(3), {}, "row 1"),
     "messages without content": (SFT, last([{"role": "user", "content": None}]), {}, "row 1"),
     "no messages": (RM, last([]), {}, "row 1"),
@@ -169,7 +176,14 @@ CASES = {
     "no minibatches of that number": (PPO, nothing, {"num_mini_batches": 3}, "--num_mini_batches"),
     "temperature 0": (PPO, nothing, {"temperature": 0.0}, "--temperature"),
     "beta below 0": (PPO, nothing, {"beta": -0.1}, "--beta"),
+    "beta 0 that is to adapt": (
+        PPO,
+        nothing,
+        {"beta": 0.0, "adaptive_kl_target": 3.0},
+        "--adaptive_kl_target",
+    ),
     "no EOS": (SFT, tokenizer(eos_token=None), {}, "EOS"),
+    "a template that writes no text": (EVERY, tokenizer(chat_template=PARTS), {}, "template"),
     "another tokenizer": (PPO, shift_ids, {}, "tokenizer"),
     "a weight missing": (RM, edit("base/config.json", n_layer=3), {}, "h.2."),
     "a weight left over": (EVERY, edit("base/config.json", n_layer=1), {}, "h.1."),

@@ -141,7 +141,7 @@ def test_overwrite_leaves_nothing_old(stage, world, whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole(stage)[0], out)
     stopped(stage, world, out, 1, overwrite=True, seed=7)
-    assert not (out / "config.json").exists() and not (out / "checkpoint/state.pt").exists()
+    assert not any((out / name).exists() for name in ("config.json", "eval.jsonl", "checkpoint/state.pt"))
     assert len(read_jsonl(out / "metrics.jsonl")) <= 3
     assert json.loads((out / "args.json").read_text())["seed"] == 7
     run(stage, world, out, overwrite=True)

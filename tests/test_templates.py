@@ -199,6 +199,15 @@ def test_ends_of_a_response():
     assert sft.find_end_ids(model, spm_tokenizer(chat=LLAMA2)) == [2]
 
 
+@pytest.mark.parametrize("stage", [sft, reward_model])
+def test_an_end_in_the_middle(stage, tmp_path, monkeypatch, capsys):
+    """A config's eos_token_id that is a letter, as a default of 2 may be: no response is cut in silence."""
+    tokenizer = byte_tokenizer(chat=CHATML)
+    make_models(tmp_path, tokenizer, [1, tokenizer.convert_tokens_to_ids("!")])
+    row = {"prompt": "q?", "completion": "Yes! Fine.", "chosen": "Yes! Fine.", "rejected": "No"}
+    assert "' Fine." in refusal(stage, tmp_path, [row], monkeypatch, capsys)
+
+
 TEMPLATES = {  # as typed: (before and after the prompt)
     "Question: {prompt}\\nAnswer:": ("Question: ", "\nAnswer:"),
     "Question: {prompt}\nAnswer:": ("Question: ", "\nAnswer:"),
@@ -230,6 +239,8 @@ def test_prompt_template(template, adds, make):
     chat = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
     text = f"{before}u{after} a{tokenizer.eos_token}{before}u{after}"
     assert tokenizer.apply_chat_template(chat, tokenize=False) == start + text
+    with pytest.raises(Exception, match="no place for role system"):
+        tokenizer.apply_chat_template([SYSTEM, *chat])
 
 
 def test_prompt_template_goes_through_all_stages(tmp_path, monkeypatch):
@@ -277,12 +288,13 @@ def test_prompt_template_goes_through_all_stages(tmp_path, monkeypatch):
             assert model.generate(**prompt, logits_processor=[force]).shape[1] == width + length
 
 
-OTHERS = [tiny_tokenizer(), byte_tokenizer(chat=CHATML + " "), byte_tokenizer(chat=ZEPHYR)]
+ENDS = byte_tokenizer("<|im_end|>", chat=CHATML.replace("<|im_end|>", "<eos>", 1))
+OTHERS = [tiny_tokenizer(), byte_tokenizer(chat=CHATML + " "), byte_tokenizer(chat=ZEPHYR), ENDS]
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=["vocabulary", "template", "turns"])
+@pytest.mark.parametrize("other", OTHERS, ids=["vocabulary", "template", "turns", "ends"])
 def test_a_reward_model_that_reads_other_prompts(other, tmp_path, monkeypatch, capsys):
-    """Another vocabulary or another template is refused."""
+    """Another vocabulary or another template is refused, also if only responses end otherwise."""
     make_models(tmp_path, byte_tokenizer(chat=CHATML))
     make_models(tmp_path, other, name="other")
     assert ids_of(ppo_rlhf, tmp_path, [{"prompt": "q?"}], monkeypatch)
