@@ -85,7 +85,7 @@ class Args:
     vf_coef: float = 0.1  # weight of the value loss; small, as policy and values share one backbone
     separate_critic: bool = False  # values from a network of their own that starts as the reward model
     entropy_coef: float = 0.0  # weight of an entropy bonus, against mode collapse
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     seed: int = 1  # of prompt order, sampler and minibatches
     # ---- logging and checkpoints ----
@@ -439,7 +439,7 @@ def main(args):
                 if "policy/grad_norm" not in stats:  # no step yet: the policy is the one that sampled
                     gap = masked_mean(log_ratio.abs(), mb_mask)
                     assert gap < tolerance, f"ratio is not 1 on the first minibatch: mean |log ratio| {gap}"
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.max_grad_norm or torch.inf)
             if not grad_norm.isfinite():
                 fail(f"update {update}: gradient not finite: check the rewards, or restart with a lower rate")
             stats["policy/grad_norm"].append(grad_norm)
@@ -482,10 +482,11 @@ def main(args):
             beta *= 1 + min(max(error, -0.2), 0.2) * B / 1000
         if update % args.eval_steps == 0 or update in (1, num_updates):
             for i in range(min(4, B)):
+                response = batch.responses[i][mask[i] == 1]
                 shown = {
                     "update": update,
                     "prompt": rows[i]["prompt"],
-                    "response": tokenizer.decode(batch.responses[i][mask[i] == 1]),  # with its special tokens
+                    "response": tokenizer.decode(response),  # with its special tokens
                     "score": scores[i],
                     "kl": episode_kl[i],
                 }
@@ -655,7 +656,7 @@ def find_end_ids(model, tokenizer):  # [shared]
     _, content, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")
     if not content:
         fail("the chat template does not write what messages say")
-    ids = tokenizer(after, add_special_tokens=False).input_ids
+    ids = tokenizer(after.strip(), add_special_tokens=False).input_ids
     ends.update([i for i in ids if i in tokenizer.added_tokens_decoder][:1])
     return sorted(ends - {None})
 

@@ -35,7 +35,7 @@ class Args:
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     warmup_steps: int = 20  # steps of linear warm-up, then a cosine decay to zero
     weight_decay: float = 0.01  # AdamW's
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     seed: int = 1  # of new weights, the order of the data, dropout and samples
     eval_steps: int = 250  # steps between evaluations: held-out loss and a few samples
@@ -118,12 +118,15 @@ def main(args):
     for split in (args.dataset_train_split, args.dataset_test_split):
         rows = load_rows(args.dataset_name, split)
         pairs = [encode(tokenizer, end_ids, row, "completion") for row in rows]
-        data.append([pair for pair in pairs if len(pair[0] + pair[1]) <= args.max_length])
-        print(f"{split}: {len(data[-1])} of {len(rows)} examples are within --max_length")
+        short = [pair for pair in pairs if len(pair[0] + pair[1]) <= args.max_length]
+        data.append(short)
+        print(f"{split}: {len(short)} of {len(rows)} examples are within --max_length")
     if not all(data):
         fail("no example of a split is within --max_length")
     train, test = data
-    check_model(model, tokenizer, [prompt + completion for prompt, completion in train + test])
+    sequences = [prompt + completion for prompt, completion in train + test]
+    sequences.append(test[0][0] + [0] * args.max_new_tokens)  # as long as the sample can be
+    check_model(model, tokenizer, sequences)
     print(f"for example: {tokenizer.decode(train[0][0])!r} -> {tokenizer.decode(train[0][1])!r}")
     # For `generate`, here and later: the distribution that is trained, without top-k, top-p or penalties
     plain = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
@@ -167,7 +170,7 @@ def main(args):
             loss = completion_loss(model, examples, device) / num_tokens
             loss.backward()
             step_loss += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
         if not grad_norm.isfinite():
             fail(f"step {step}: gradient not finite: check the data, or restart with a lower learning rate")
         optimizer.step()
@@ -186,9 +189,9 @@ def main(args):
             num_tokens = sum(len(completion) for _, completion in test)
             metrics["eval/loss"] = sum(losses) / num_tokens
             prompt_ids = torch.tensor([test[0][0]], device=device)  # [1, L]
-            sample = model.generate(prompt_ids)[0]
+            sample = model.generate(prompt_ids)
             tqdm.write(f"step {step}: held-out loss {metrics['eval/loss']:.3f} nats per token")
-            tqdm.write(f"    {tokenizer.decode(sample)!r}")  # special tokens included
+            tqdm.write(f"    {tokenizer.decode(sample[0])!r}")  # special tokens included
         line = json.dumps(metrics, default=float)
         logs[0].write(line + "\n")
         if args.track:
@@ -257,9 +260,6 @@ def encode(tokenizer, end_ids, row, column):  # [shared]
         fail(f"{row['where']}: the prompt's end {alone!r} becomes {tokenizer.decode(ids[same:])!r} in a chat")
     response_ids = [*ids[same:], tokenizer.eos_token_id]  # in case that the template writes no end
     end = next(i for i, token in enumerate(response_ids, 1) if token in end_ids)
-    rest = tokenizer.decode(response_ids[end:], skip_special_tokens=True)
-    if rest.strip():
-        fail(f"{row['where']}: an end of turn comes before {rest!r}: see eos_token_id in generation_config")
     return prompt_ids, response_ids[:end]
 
 
@@ -271,7 +271,7 @@ def find_end_ids(model, tokenizer):  # [shared]
     _, content, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")
     if not content:
         fail("the chat template does not write what messages say")
-    ids = tokenizer(after, add_special_tokens=False).input_ids
+    ids = tokenizer(after.strip(), add_special_tokens=False).input_ids
     ends.update([i for i in ids if i in tokenizer.added_tokens_decoder][:1])
     return sorted(ends - {None})
 

@@ -258,11 +258,11 @@ def test_what_is_trained_on(capsys):
     text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d\n"
     wanted = ids("Q: \n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:\nA:"), expected[1]
     assert sft.encode(BYTES, end_ids, {**where, "chosen": text, "rejected": "x"}, "completion") == wanted
-    # An end that the template does not write is added; one that the completion brings is not doubled
+    # An end inside of a completion ends it; one that the template does not write is added
     open_ended = tiny_tokenizer(chat=True)
     wanted = ids("[user] a\n[assistant] "), [*ids("b\n"), EOS]
     assert sft.encode(open_ended, end_ids, {**where, "messages": chat[:2]}, "completion") == wanted
-    row = {**where, "prompt": "a", "completion": "b<eos>"}
+    row = {**where, "prompt": "a", "completion": "b<eos>c"}
     assert sft.encode(BYTES, end_ids, row, "completion") == (ids("Q: a\nA:"), [*ids(" b"), EOS])
     make_base("gpt2")
     write_data([{"messages": chat}, {"messages": chat[2:]}], [{"messages": chat[2:]}])

@@ -98,6 +98,12 @@ KINDS = {
     "no opening": (byte_tokenizer(IM_END, None, chat_of(CHATML_TURN)), 4, U, A + "fine<|im_end|>"),
     "tools": (byte_tokenizer(IM_END, None, TOOL_LIST + CHATML), 4, "[clock]" + U + A, "fine<|im_end|>"),
     "a date": (byte_tokenizer(IM_END, None, DATED), 4, TODAY + U + A, "fine<|im_end|>"),
+    "Llama 3, always opened": (
+        byte_tokenizer(chat=LLAMA3.replace("{% if add_generation_prompt %}", "{% if true %}")),
+        [1, 5],
+        LLAMA3_PROMPT,
+        "fine<|eot_id|>",
+    ),
     "Zephyr": (byte_tokenizer(chat=ZEPHYR), 1, "<|user|>\nq?<eos>\n<|assistant|>\n", "fine<eos>"),
     "Llama 2": (spm_tokenizer(chat=LLAMA2), 2, None, None),
     "appends EOS": (byte_tokenizer(chat=CHATML, adds="<bos> $A <eos>"), 1, U + A, "fine<|im_end|>"),
@@ -151,7 +157,7 @@ def test_ids_are_the_tokenizers_own(name, tmp_path, monkeypatch):
         assert tokenizer.decode(prompt) == prompt_text
         whole = tokenizer(prompt_text + response_text, add_special_tokens=False).input_ids
     row = {"messages": [USER, ANSWER], **tools}
-    assert ids_of(sft, tmp_path, [row], monkeypatch) == [whole] * 2
+    assert ids_of(sft, tmp_path, [row], monkeypatch)[:2] == [whole] * 2  # and the printed sample
     assert ids_of(ppo_rlhf, tmp_path, [{"prompt": "q?", **tools}], monkeypatch) == [prompt] * 2
     row = {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "fin"}], **tools}
     chosen, rejected, *_ = ids_of(reward_model, tmp_path, [row], monkeypatch)
@@ -197,15 +203,9 @@ def test_ends_of_a_response():
         model.generation_config.eos_token_id = configured
         assert sft.find_end_ids(model, byte_tokenizer(eos, chat=chat)) == ends
     assert sft.find_end_ids(model, spm_tokenizer(chat=LLAMA2)) == [2]
-
-
-@pytest.mark.parametrize("stage", [sft, reward_model])
-def test_an_end_in_the_middle(stage, tmp_path, monkeypatch, capsys):
-    """A config's eos_token_id that is a letter, as a default of 2 may be: no response is cut in silence."""
-    tokenizer = byte_tokenizer(chat=CHATML)
-    make_models(tmp_path, tokenizer, [1, tokenizer.convert_tokens_to_ids("!")])
-    row = {"prompt": "q?", "completion": "Yes! Fine.", "chosen": "Yes! Fine.", "rejected": "No"}
-    assert "' Fine." in refusal(stage, tmp_path, [row], monkeypatch, capsys)
+    tokenizer = byte_tokenizer(chat=chat_of("{{ m.content }}\n\n"))
+    tokenizer.add_tokens(["\n\n"])  # as Gemma has it: paragraphs are no ends
+    assert sft.find_end_ids(model, tokenizer) == [1, 2]
 
 
 TEMPLATES = {  # as typed: (before and after the prompt)
