@@ -258,7 +258,7 @@ def encode(tokenizer, end_ids, row, column):  # [shared]
     if same < len(prompt_ids):
         alone = tokenizer.decode(prompt_ids[same:])
         fail(f"{row['where']}: the prompt's end {alone!r} becomes {tokenizer.decode(ids[same:])!r} in a chat")
-    response_ids = [*ids[same:], tokenizer.eos_token_id]  # in case that the template writes no end
+    response_ids = [*ids[same:], tokenizer.eos_token_id]  # in case the template writes no end
     end = next(i for i, token in enumerate(response_ids, 1) if token in end_ids)
     return prompt_ids, response_ids[:end]
 
