@@ -193,7 +193,7 @@ def micro_batches(batch, indices, size):
 
 
 def hidden_states(model, ids):  # [shared]
-    """Last hidden states of right-padded ids: [B, L] -> [B, L, d]. On CUDA in bf16, from weights in fp32."""
+    """Right-padded ids [B, L] -> [B, L, d]. bf16 on CUDA; weights stay fp32, or small steps would be lost."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
