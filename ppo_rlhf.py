@@ -61,7 +61,7 @@ class Args:
     output_dir: str = "runs/ppo"  # run folder
     max_prompt_length: int = 256  # in tokens; longer prompts are left out
     # ---- rollout ----
-    total_episodes: int = 5120  # responses sampled over the run; updates = total_episodes / batch_size
+    total_episodes: int = 3072  # responses sampled over the run; updates = total_episodes / batch_size
     batch_size: int = 128  # episodes per update
     rollout_batch_size: int = 128  # episodes sampled at a time; fewer need less memory for keys and values
     max_new_tokens: int = 64  # longest response in tokens; good ones of the shipped task take about 50
@@ -74,7 +74,7 @@ class Args:
     gamma: float = 1.0  # discount per token; 1 as a response is judged as one
     lam: float = 0.95  # GAE's lambda; 1 is unbiased and noisy, 0 trusts the values (Schulman et al. 2015)
     # ---- update ----
-    learning_rate: float = 0.0  # peak of Adam's; 0 chooses 1e-4 below 10M parameters, else 3e-6
+    learning_rate: float = 0.0  # peak of Adam's; 0 chooses 1.5e-4 below 10M parameters, else 3e-6
     value_learning_rate: float = 1e-3  # of the value head, which starts at zero and must catch up quickly
     warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
@@ -82,8 +82,8 @@ class Args:
     per_device_train_batch_size: int = 16  # episodes per forward pass; the gradient changes by rounding alone
     cliprange: float = 0.2  # a probability ratio gains nothing outside 1 - cliprange ... 1 + cliprange
     cliprange_value: float = 0.2  # the same for values: how far each may move from the rollout's
-    vf_coef: float = 0.1  # weight of the value loss; small, as policy and values share one backbone
-    separate_critic: bool = False  # values from a network of their own that starts as the reward model
+    vf_coef: float = 0.1  # weight of the value loss; small, for a backbone that policy and values share
+    separate_critic: bool = True  # values from a copy of the reward model; else from the policy: less memory
     entropy_coef: float = 0.0  # weight of an entropy bonus, against mode collapse
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
@@ -165,7 +165,7 @@ def sample(model, tokenizer, rows, args, end_ids):
         mask = prompts.attention_mask[indices]
         u = uniforms[:, indices]
         parts.append(rollout(model, ids, mask, u, args.temperature, ends, tokenizer.pad_token_id))
-    responses, response_lengths, ended, logprobs = (torch.cat(tensors) for tensors in zip(*parts))
+    responses, response_lengths, ended, logprobs = map(torch.cat, zip(*parts))
     starts = prompts.attention_mask.sum(1)
     slots = torch.arange(args.max_new_tokens, device=model.device)  # [T]
     return SimpleNamespace(
@@ -295,11 +295,11 @@ def main(args):
     trained = torch.nn.ModuleDict({"policy": policy})
     critic = None
     value_width = policy.get_output_embeddings().in_features
-    if args.separate_critic:
+    if args.separate_critic and reward_model:  # which knows what scores (Ouyang et al. 2022, C.4)
         critic = copy.deepcopy(reward_model.base_model)
         trained["critic"] = critic
         value_width = reward_model.score.in_features
-    learning_rate = args.learning_rate or (1e-4 if policy.num_parameters() < 10e6 else 3e-6)
+    learning_rate = args.learning_rate or (1.5e-4 if policy.num_parameters() < 10e6 else 3e-6)
     # Zero: the first values are the mean of normalized scores, not a random layer's noise
     value_head = torch.nn.Linear(value_width, 1)
     for parameter in value_head.parameters():

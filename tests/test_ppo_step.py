@@ -26,9 +26,9 @@ STOP = 77  # a second id that ends a response, by the generation config
 KINDS = [(1, EOS), (T, None), (3, STOP), (T, EOS), (2, EOS), (5, STOP), (T, None), (4, EOS)]
 
 SETTINGS = {
-    # GPT-2: absolute positions, dropout in its config, one trunk, everything switched on at odd values
+    # GPT-2: absolute positions, dropout in its config, a shared trunk, everything switched on at odd values
     "gpt2": dict(family="gpt2", temperature=0.8, gamma=0.97, lam=0.9, beta=0.15, entropy_coef=0.03)
-    | dict(length_penalty=0.07, adaptive_kl_target=0.3),
+    | dict(length_penalty=0.07, adaptive_kl_target=0.3, separate_critic=False),
     # Llama: RoPE, grouped queries, pad == eos, temperature above 1, a critic of another architecture
     "llama": dict(family="llama", pad_is_eos=True, separate_critic=True, temperature=1.3, beta=0.05)
     | dict(adaptive_kl_target=0.11),
