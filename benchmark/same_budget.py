@@ -2,7 +2,7 @@
 
     python benchmark/same_budget.py --trl_python trl_env/bin/python
 
-All start from the same SFT and reward models and make 5,120 responses, 128 an update. First the learning
+All start from the same SFT and reward models and make 3,072 responses, 128 an update. First the learning
 rate of each is chosen from the same few (--learning_rates), at beta 0.1 and the first seed, by the gold
 score at the end; then each runs with its own at every beta and seed. Every checkpoint is judged by the same
 code, with the same random numbers. The learning rates are chosen on the prompts that are reported, as
@@ -15,9 +15,8 @@ makes a quarter of the steps). Scores are normalized for both, so that beta mean
 is put into the head (trl_ppo.py), from SFT responses to the held-out prompts; ours is that of the first
 rollout.
 
-Left as TRL does it: the critic is a network of its own, trained in full at the policy's learning rate, and
-starts as the reward model (ours: a linear layer on the policy's backbone; with --separate_critic, a contender
-of its own, on a backbone that starts as the reward model's); the score falls one slot after the last token,
+Left as TRL does it: the critic starts as the reward model with its head (ours: its backbone, the head at
+zero; "shared backbone": the policy's own); the score falls one slot after the last token,
 where a value is learned too, unless the response fills the last slot; old log-probs are the sampler's;
 gradients are not clipped; each pass leaves out the prompts that fill no batch.
 
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 import ppo_rlhf
 
-CONTENDERS = {"ours": [], "ours, separate critic": ["--separate_critic"], "TRL": None}
+CONTENDERS = {"ours": [], "ours, shared backbone": ["--no-separate_critic"], "TRL": None}
 GRID_BETA = 0.1
 LEVELS = [1, 2, 3, 4]  # nats a response, where they are compared
 BECOME = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"  # turns run_once's Python into TRL's

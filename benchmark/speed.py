@@ -5,17 +5,17 @@
     python benchmark/speed.py --mode decode --workload cpu-gpt2   # a decode step against the bandwidth
     python benchmark/speed.py --mode memory --workload cpu-gpt2   # peak memory of each phase
 
-Contenders: ours (policy and values share one backbone); ours_separate_critic (a second network for the
-values: the same amount of work as TRL's); trl (TRL 1.12.0's PPOTrainer; on CUDA fp32 weights with bf16
-autocast, as ours); trl_bf16 (all weights and Adam in bf16: lighter, but small steps are rounded away).
+Contenders: ours (a second network for the values: the same amount of work as TRL's); ours_shared (policy and
+values share one backbone); trl (TRL 1.12.0's PPOTrainer; on CUDA fp32 weights with bf16 autocast, as ours);
+trl_bf16 (all weights and Adam in bf16: lighter, but small steps are rounded away).
 Checkpoints, prompts and flags are equal. Not equal: random numbers; the micro-batch (TRL cannot split a
 minibatch); gradient clipping.
 
 Each contender runs in a fresh process, in turn, --rounds times. The first update is a warm-up; the table
 holds medians, and ratios of medians round by round. Loading and the end of a run are not timed. Peak memory
 is the whole process's, and torch's on CUDA. On a CPU all runs keep freed memory from going back to the
-kernel (MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_): less time, more memory. MFU: useful FLOPs of our update
-phase over its time, against a matrix product of the same machine.
+kernel (MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_): less time, more memory. MFU: useful FLOPs of ours_shared's
+update phase over its time, against a matrix product of the same machine.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import ppo_rlhf as ppo
 
 HERE = Path(__file__).resolve().parent
-CONTENDERS = ("ours", "ours_separate_critic", "trl", "trl_bf16")
+CONTENDERS = ("ours", "ours_shared", "trl", "trl_bf16")
 # Shapes of published models, filled with random weights: speed does not depend on what a model knows
 SHAPES = {
     "smoke": {"model_type": "gpt2", "vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 2},  # a test
@@ -182,15 +182,15 @@ def compare(name, spec, options):
         figures = [median(own, key) for key in ("seconds", "rollout", "score", "optimize", "response_length")]
         peak = max(row[memory] or 0 for row in own)
         cells = [contender, spec["episodes"] / figures[0], *figures, peak]
-        table.append([*cells, ratios(contender, "ours"), ratios(contender, "ours_separate_critic")])
+        table.append([*cells, ratios(contender, "ours"), ratios(contender, "ours_shared")])
     titles = ["contender", "episodes/s", "s an update", "rollout", "scoring", "update", "tokens a response"]
-    show([*titles, "peak MiB", "time / ours", "time / ours_separate_critic"], table)
-    ours = [row for row in measured if row["contender"] == "ours"]
+    show([*titles, "peak MiB", "time / ours", "time / ours_shared"], table)
+    ours = [row for row in measured if row["contender"] == "ours_shared"]
     if ours:
         work = child("flops", {**spec, "response_length": median(ours, "response_length")})[0]
         speed = work["tflop"] / median(ours, "optimize")
         share = f"{speed / work['peak']:.0%} of a matrix product's {work['peak']:.3g}"
-        print(f"ours, update phase: {work['tflop']:.3g} TFLOP at {speed:.3g} TFLOP/s, {share} (MFU)")
+        print(f"ours_shared, update phase: {work['tflop']:.3g} TFLOP at {speed:.3g} TFLOP/s, {share} (MFU)")
         save(options, f"mfu_{name}", [{**work, "seconds": median(ours, "optimize")}])
     save(options, f"speed_{name}", rows)
 
@@ -216,7 +216,7 @@ def memory(name, spec, options):
 
 
 def run_ours(spec):
-    ppo.main(ppo.Args(**flags_of(spec), separate_critic="critic" in spec.get("contender", "")))
+    ppo.main(ppo.Args(**flags_of(spec), separate_critic="shared" not in spec.get("contender", "")))
 
 
 def versions():

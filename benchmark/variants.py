@@ -31,7 +31,7 @@ SETS = {  # set: {variant: (patches, flags)}; the first is what the others are c
     "shipped_task": {
         "beta 0.1": ((), "--beta 0.1"),
         "beta 1.0": ((), "--beta 1.0"),
-        "beta 0, long": ((), "--beta 0 --total_episodes 10240"),
+        "beta 0, long": ((), "--beta 0 --total_episodes 6144"),
     },
     "details": {
         "nothing": ((), ""),
@@ -64,7 +64,8 @@ SETS = {  # set: {variant: (patches, flags)}; the first is what the others are c
     },
     "forks": {
         "PPO": ((), ""),
-        "separate critic": ((), "--separate_critic"),
+        "shared backbone": ((), "--no-separate_critic"),
+        "shared backbone, lambda 1": ((), "--no-separate_critic --lam 1"),
         "values from lambda 1": (("forks/decoupled_gae",), ""),
         "value warm-up": (("forks/value_warmup",), ""),
         "clip higher": (("forks/clip_higher",), ""),
