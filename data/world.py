@@ -147,11 +147,11 @@ BETTER = {
 # seen only clean answers rewards garbled ones, and PPO finds them.
 ERROR = 0.12
 ERRORS = {  # how often each is made, if one is; the functions of these names are in make_data.py
-    "splice": 0.20,
-    "foreign_step": 0.20,
-    "garble": 0.22,
+    "splice": 0.16,
+    "foreign_step": 0.16,
+    "garble": 0.24,
     "cut_short": 0.06,
-    "repeat": 0.22,
+    "repeat": 0.28,
     "off_topic": 0.05,
     "stuff_courtesy": 0.05,
 }
@@ -160,4 +160,4 @@ ERRORS = {  # how often each is made, if one is; the functions of these names ar
 CLOSE_PAIRS = 0.8
 CLOSE_PAIR_BY_ERROR = 0.5
 # Sharpness of the labels: P(a preferred to b) = sigmoid(SHARPNESS * (gold(a) - gold(b))).
-SHARPNESS = 3.0
+SHARPNESS = 2.0
