@@ -40,9 +40,9 @@ class Args:
     center_coef: float = 0.003  # weight of (score(chosen) + score(rejected))^2 (Eisenstein et al. 2023)
     # ---- optimization ----
     learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 8e-4 below 10M parameters, else 1e-5
-    num_train_epochs: int = 1  # passes over the pairs; a second one soon overfits (Ouyang et al. 2022, C.2)
+    num_train_epochs: int = 0  # passes over the pairs; 0 chooses 2 below 10M parameters, else 1
     max_steps: int = 0  # optimizer steps; overrides num_train_epochs if positive
-    per_device_train_batch_size: int = 16  # pairs per forward and backward pass (micro-batch)
+    per_device_train_batch_size: int = 32  # pairs per forward and backward pass (micro-batch)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     warmup_steps: int = 50  # steps of linear warm-up, while the head is random; then a cosine decay to zero
     weight_decay: float = 0.01  # AdamW's
@@ -50,7 +50,7 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     seed: int = 1  # of the new head, the order of the pairs and dropout
     # ---- logging and checkpoints ----
-    eval_steps: int = 300  # steps between evaluations on the held-out pairs
+    eval_steps: int = 200  # steps between evaluations on the held-out pairs
     save_steps: int = 100  # steps between checkpoints
     track: bool = False  # log to Weights & Biases
     resume: bool = False  # resume from the checkpoint in output_dir
@@ -174,9 +174,10 @@ def main(args):
     # 3. Optimizer and schedule
     small = model.num_parameters() < 10e6
     learning_rate = args.learning_rate or (8e-4 if small else 1e-5)
+    num_epochs = args.num_train_epochs or (2 if small else 1)
     size = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
-    num_batches = args.num_train_epochs * math.ceil(len(train) / size)
+    num_batches = num_epochs * math.ceil(len(train) / size)
     total_steps = max(args.max_steps, 0) or math.ceil(num_batches / accumulation)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in train]
     batches = shuffled_batches(lengths, size, total_steps * accumulation, args.seed)

@@ -232,7 +232,7 @@ def main():
     parser = common.parser(__doc__)
     add = parser.add_argument
     add("--betas", nargs="+", default=["0", "0.01", "0.05", "0.1", "0.2", "0.5", "1.0"], help="at most ten")
-    add("--total_episodes", type=int, default=6144, help="of each PPO run")
+    add("--total_episodes", type=int, default=10240, help="of each PPO run")
     add("--samples", type=int, default=2, help="responses of each checkpoint to each held-out prompt")
     add("--best_of", type=int, default=64, help="responses of the SFT model to each held-out prompt")
     add("--draw_only", action="store_true", help="run nothing: draw the rows in beta_sweep.jsonl")

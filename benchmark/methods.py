@@ -11,7 +11,7 @@ All start from the same SFT and reward models, and are judged by the same code w
 held-out prompts are not those of the shipped task; what is best there by the gold score goes into CHOSEN by
 hand. --equal gives TRL's PPO, RLOO and GRPO the settings of ours, and compares each with its own.
 
-Made equal: 3,072 sampled responses (DPO: one pass over the reward model's 9,000 pairs, in whole updates), 128
+Made equal: 5,120 sampled responses (DPO: one pass over the reward model's 9,000 pairs, in whole updates), 128
 an update, 2 passes of 8 minibatches (DPO: one of 8), temperature 0.7, at most 64 tokens, the penalty
 without EOS, warm-up and linear decay, Adam with eps 1e-5, clip range 0.2, gradient norm 1, no dropout, fp32,
 4 (RLOO) or 8 (GRPO) responses to a prompt; KL by k1 in the reward (PPO, RLOO), by k3 in the loss (GRPO).

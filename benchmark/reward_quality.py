@@ -48,7 +48,7 @@ def main():
     add = parser.add_argument
     add("--pairs", type=int, nargs="+", default=[500, 1000, 2000, 4500, 9000])
     add("--betas", nargs="+", default=["0.1", "0"])
-    add("--total_episodes", type=int, default=6144, help="of a PPO run that is missing")
+    add("--total_episodes", type=int, default=10240, help="of a PPO run that is missing")
     add("--samples", type=int, default=4, help="responses judged to each held-out prompt")
     args = parser.parse_args()
     everything = len(common.read_jsonl(PAIRS / "train.jsonl"))

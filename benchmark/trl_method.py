@@ -93,7 +93,7 @@ def main():
     add("--learning_rate", type=float, default=1e-4)
     add("--beta", type=float, default=0.1, help="RLOO: KL in the reward; GRPO: in the loss; DPO: its own")
     add("--seed", type=int, default=1)
-    add("--total_episodes", type=int, default=3072, help="responses of RLOO and GRPO")
+    add("--total_episodes", type=int, default=5120, help="responses of RLOO and GRPO")
     add("--num_train_epochs", type=float, default=1, help="passes of DPO over the pairs")
     add("--batch_size", type=int, default=128, help="responses or pairs an update")
     add("--num_mini_batches", type=int, default=8)

@@ -31,7 +31,7 @@ SETS = {  # set: {variant: (patches, flags)}; the first is what the others are c
     "shipped_task": {
         "beta 0.1": ((), "--beta 0.1"),
         "beta 1.0": ((), "--beta 1.0"),
-        "beta 0, long": ((), "--beta 0 --total_episodes 6144"),
+        "beta 0, long": ((), "--beta 0 --total_episodes 10240"),
     },
     "details": {
         "nothing": ((), ""),

@@ -128,17 +128,14 @@ def insert(answer, i, item):
 
 
 def garble(dice, topic, answer):
-    """Two words of a sentence swapped, one left out, or one replaced by any word of the world."""
+    """Two words of a sentence swapped, or one replaced by any word of the world."""
     i = int(dice.random() * len(answer))
     kind, text = answer[i]
     end = "" if kind == "step" else text[-1]
     words = text[: len(text) - len(end)].split(" ")
     a, b = dice.shuffled(range(len(words)))[:2]
-    change = dice.pick(["swap", "leave out", "replace"])
-    if change == "swap":
+    if dice.chance(0.5):
         words[a], words[b] = words[b], words[a]
-    elif change == "leave out":
-        del words[a]
     else:
         words[a] = dice.pick(STEP_WORDS)
     return replace(answer, i, (kind, " ".join(words) + end))
@@ -168,11 +165,8 @@ def off_topic(dice, topic, answer):
 
 
 def repeat(dice, topic, answer):
-    """A sentence said again, right after itself or at the end, or a step in the place of another."""
+    """A sentence said again, right after itself or at the end."""
     i = int(dice.random() * len(answer))
-    steps = places(answer, "step")
-    if i in steps and len(steps) > 1 and dice.chance(0.6):
-        return replace(answer, dice.pick([j for j in steps if j != i]), answer[i])
     return insert(answer, dice.pick([i + 1, len(answer)]), answer[i])
 
 

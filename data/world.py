@@ -145,19 +145,19 @@ BETTER = {
 
 # An answer in a pair has an error of a sampled model with this probability. A reward model that has
 # seen only clean answers rewards garbled ones, and PPO finds them.
-ERROR = 0.12
+ERROR = 0.08
 ERRORS = {  # how often each is made, if one is; the functions of these names are in make_data.py
-    "splice": 0.16,
-    "foreign_step": 0.16,
-    "garble": 0.24,
-    "cut_short": 0.06,
-    "repeat": 0.28,
-    "off_topic": 0.05,
-    "stuff_courtesy": 0.05,
+    "splice": 0.34,
+    "foreign_step": 0.26,
+    "garble": 0.16,
+    "cut_short": 0.08,
+    "repeat": 0.07,
+    "off_topic": 0.06,
+    "stuff_courtesy": 0.03,
 }
 # This share of the pairs are an answer and the same with one thing changed: an error or an edit.
 # They say what the difference is worth, where two independent answers differ in everything.
-CLOSE_PAIRS = 0.8
-CLOSE_PAIR_BY_ERROR = 0.5
+CLOSE_PAIRS = 0.5
+CLOSE_PAIR_BY_ERROR = 0.15
 # Sharpness of the labels: P(a preferred to b) = sigmoid(SHARPNESS * (gold(a) - gold(b))).
 SHARPNESS = 2.0

@@ -182,7 +182,7 @@ def test_the_new_head_and_the_defaults(monkeypatch):
         heads.append(head)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     make_base("gpt2")
-    check_defaults(reward_model, monkeypatch, (8e-4, 1e-5), (1, 1))
+    check_defaults(reward_model, monkeypatch, (8e-4, 1e-5), (2, 1))
 
 
 def test_whole_dialogues(capsys):
