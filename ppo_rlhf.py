@@ -1,9 +1,9 @@
 """Stage 3 of RLHF: PPO. The SFT model learns to write what scores highly: python ppo_rlhf.py --beta 0.1
 
 Each update: (1) the policy samples responses to a batch of prompts, (2) the reward model scores them, policy
-and frozen reference (the SFT model) give log-probs, (3) rewards become advantages, (4) a few epochs of
-clipped policy-gradient steps maximize score(prompt, response) - beta * KL(policy || reference). Without the
-KL penalty the policy exploits the reward model's errors (Gao et al. 2022) and forgets how to write.
+and frozen reference (the SFT model) give log-probs, a critic values, (3) rewards become advantages, (4) a few
+epochs of clipped policy-gradient steps maximize score(prompt, response) - beta * KL(policy || reference).
+Without a KL penalty the policy exploits the reward model's errors (Gao et al. 2022) and forgets how to write.
 
 How the tensors line up. A row holds a prompt and its response; B rows, P prompt slots, T response slots:
 
@@ -11,7 +11,7 @@ How the tensors line up. A row holds a prompt and its response; B rows, P prompt
     training  [ q1 q2 q3 r1 r2 r3 EOS pad pad pad   ]  rolled left: causal attention needs no mask at all
                       |  |  |  |
     predicts          r1 r2 r3 EOS                     the position before a token predicts it: its logits
-    value             V1 V2 V3 V4                      give the log-prob, its hidden state the value
+    value             V1 V2 V3 V4                      give the log-prob, the critic's state the value
 
     [B, T]            r1 r2 r3 EOS pad
     mask              1  1  1  1   0                   every sampled token, EOS too; from lengths, not ids
@@ -74,16 +74,16 @@ class Args:
     gamma: float = 1.0  # discount per token; 1 as a response is judged as one
     lam: float = 0.95  # GAE's lambda; 1 is unbiased and noisy, 0 trusts the values (Schulman et al. 2015)
     # ---- update ----
-    learning_rate: float = 0.0  # peak of Adam's; 0 chooses 1e-4 below 10M parameters, else 3e-6
-    value_learning_rate: float = 1e-3  # of the value head, which starts at zero and must catch up quickly
+    learning_rate: float = 0.0  # peak, policy and critic; 0 chooses 1e-4 for policies below 10M, else 3e-6
+    value_learning_rate: float = 1e-3  # of the value head alone, which starts at zero and must catch up
     warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
     num_mini_batches: int = 8  # optimizer steps per pass
     per_device_train_batch_size: int = 16  # episodes per forward pass; the gradient changes by rounding alone
     cliprange: float = 0.2  # a probability ratio gains nothing outside 1 - cliprange ... 1 + cliprange
     cliprange_value: float = 0.2  # the same for values: how far each may move from the rollout's
-    vf_coef: float = 0.1  # weight of the value loss; small, for a backbone that policy and values share
-    separate_critic: bool = True  # values from a copy of the reward model; else from the policy: less memory
+    vf_coef: float = 0.1  # weight of the value loss; small, as policy and values may share a backbone
+    separate_critic: bool = True  # values from a trained copy of the reward model, if any; else the policy's
     entropy_coef: float = 0.0  # weight of an entropy bonus, against mode collapse
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
@@ -355,6 +355,7 @@ def main(args):
         clock.append(time.time())
 
         # ======== Phase 2, scoring: old and reference log-probs, values, the reward model's scores ========
+        scores = score(reward_model, tokenizer, batch, rows, size)  # [B]
         # Old log-probs are computed again, by the forward that is trained: the sampler rounds differently.
         old_logprobs = torch.zeros_like(mask)  # [B, T]
         ref_logprobs = torch.zeros_like(mask)  # [B, T]
@@ -367,7 +368,6 @@ def main(args):
         kl = (old_logprobs - ref_logprobs) * mask  # [B, T]
         sampler_gap = masked_mean((batch.logprobs - old_logprobs).abs(), mask)
         eos_rate = batch.ended.float().mean()
-        scores = score(reward_model, tokenizer, batch, rows, size)  # [B]
         if update == 1:
             # Policy and reference are still the same model: a shift, a mask or dropout gone wrong shows here.
             assert masked_mean(kl.abs(), mask) < tolerance, "KL is not 0 at the start"
@@ -510,7 +510,7 @@ def main(args):
     )
     policy.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    scale = torch.tensor([score_mean, score_std])  # values predict (score - mean) / std
+    scale = torch.tensor([score_mean, score_std])  # of values; the critic is in checkpoint/
     save_file({**value_head.state_dict(), "score_scale": scale}, output_dir / "value_head.safetensors")
     results = defaultdict(list, prompt=[row["prompt"] for row in test])
     for name, model in (("sft", reference), ("ppo", policy)):

@@ -8,7 +8,15 @@ import pytest
 import torch
 import transformers
 import tyro
-from conftest import read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
+from conftest import (
+    ppo_flags,
+    read_jsonl,
+    save,
+    tiny_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+    write_jsonl,
+)
 
 import ppo_rlhf
 import reward_model
@@ -209,6 +217,17 @@ def test_refused(name, stage, world, capsys):
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert words in error
     assert tree(world) == before
+
+
+def test_ids_that_the_reward_model_has_no_embedding_for(tmp_path, capsys):
+    """Neither an IndexError of the critic, which has the same embeddings, nor a device assert."""
+    policy = tiny_model("gpt2")
+    policy.resize_token_embeddings(400)
+    flags = ppo_flags(tmp_path, policy, tiny_reward_model("gpt2"), tiny_tokenizer(), ["a", "bcd"])
+    flags |= dict(total_episodes=8, batch_size=8, max_new_tokens=8)
+    with pytest.raises(SystemExit) as end:
+        ppo_rlhf.main(ppo_rlhf.Args(**flags))
+    assert end.value.code == 2 and "no embedding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", EVERY)
