@@ -28,8 +28,8 @@ class Args:
     output_dir: str = "runs/sft"  # run folder
     prompt_template: str | None = None  # text with {prompt} in it, for a model without a chat template
     max_length: int = 512  # tokens of prompt and completion together; longer examples are left out
-    learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 3e-3 below 10M parameters, else 1e-5
-    num_train_epochs: int = 0  # passes over the demonstrations; 0 chooses 8 below 10M parameters, else 2
+    learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 2e-3 below 10M parameters, else 1e-5
+    num_train_epochs: int = 0  # passes over the demonstrations; 0 chooses 12 below 10M parameters, else 2
     max_steps: int = 0  # optimizer steps; overrides num_train_epochs if positive
     per_device_train_batch_size: int = 32  # examples per forward and backward pass (micro-batch)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
@@ -136,8 +136,8 @@ def main(args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     small = model.num_parameters() < 10e6
-    learning_rate = args.learning_rate or (3e-3 if small else 1e-5)
-    epochs = args.num_train_epochs or (8 if small else 2)
+    learning_rate = args.learning_rate or (2e-3 if small else 1e-5)
+    epochs = args.num_train_epochs or (12 if small else 2)
     size = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
     num_batches = epochs * math.ceil(len(train) / size)
