@@ -354,7 +354,7 @@ def main(args):
         mask = batch.mask  # [B, T]
         clock.append(time.time())
 
-        # ======== Phase 2, scoring: old and reference log-probs, values, the reward model's scores ========
+        # ======== Phase 2, scoring: the reward model's scores, old and reference log-probs, values ========
         scores = score(reward_model, tokenizer, batch, rows, size)  # [B]
         # Old log-probs are computed again, by the forward that is trained: the sampler rounds differently.
         old_logprobs = torch.zeros_like(mask)  # [B, T]
@@ -510,7 +510,7 @@ def main(args):
     )
     policy.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    scale = torch.tensor([score_mean, score_std])  # of values; the critic is in checkpoint/
+    scale = torch.tensor([score_mean, score_std])  # of scores and values; the critic is in checkpoint/
     save_file({**value_head.state_dict(), "score_scale": scale}, output_dir / "value_head.safetensors")
     results = defaultdict(list, prompt=[row["prompt"] for row in test])
     for name, model in (("sft", reference), ("ppo", policy)):

@@ -4,19 +4,12 @@ import json
 import math
 import shutil
 
+import conftest
 import pytest
 import torch
 import transformers
 import tyro
-from conftest import (
-    ppo_flags,
-    read_jsonl,
-    save,
-    tiny_model,
-    tiny_reward_model,
-    tiny_tokenizer,
-    write_jsonl,
-)
+from conftest import read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
 
 import ppo_rlhf
 import reward_model
@@ -223,7 +216,7 @@ def test_ids_that_the_reward_model_has_no_embedding_for(tmp_path, capsys):
     """Neither an IndexError of the critic, which has the same embeddings, nor a device assert."""
     policy = tiny_model("gpt2")
     policy.resize_token_embeddings(400)
-    flags = ppo_flags(tmp_path, policy, tiny_reward_model("gpt2"), tiny_tokenizer(), ["a", "bcd"])
+    flags = conftest.ppo_flags(tmp_path, policy, tiny_reward_model("gpt2"), tiny_tokenizer(), ["a", "bcd"])
     flags |= dict(total_episodes=8, batch_size=8, max_new_tokens=8)
     with pytest.raises(SystemExit) as end:
         ppo_rlhf.main(ppo_rlhf.Args(**flags))
