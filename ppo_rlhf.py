@@ -61,7 +61,7 @@ class Args:
     output_dir: str = "runs/ppo"  # run folder
     max_prompt_length: int = 256  # in tokens; longer prompts are left out
     # ---- rollout ----
-    total_episodes: int = 5120  # responses sampled over the run; updates = total_episodes / batch_size
+    total_episodes: int = 3072  # responses sampled over the run; updates = total_episodes / batch_size
     batch_size: int = 128  # episodes per update
     rollout_batch_size: int = 128  # episodes sampled at a time; fewer need less memory for keys and values
     max_new_tokens: int = 64  # longest response in tokens; good ones of the shipped task take about 50
@@ -74,7 +74,7 @@ class Args:
     gamma: float = 1.0  # discount per token; 1 as a response is judged as one
     lam: float = 0.95  # GAE's lambda; 1 is unbiased and noisy, 0 trusts the values (Schulman et al. 2015)
     # ---- update ----
-    learning_rate: float = 0.0  # peak, policy and critic; 0 chooses 1e-4 for policies below 10M, else 3e-6
+    learning_rate: float = 0.0  # peak, policy and critic; 0 chooses 1.5e-4 for policies below 10M, else 3e-6
     value_learning_rate: float = 1e-3  # of the value head alone, which starts at zero and must catch up
     warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
@@ -299,7 +299,7 @@ def main(args):
         critic = copy.deepcopy(reward_model.base_model)
         trained["critic"] = critic
         value_width = reward_model.score.in_features
-    learning_rate = args.learning_rate or (1e-4 if policy.num_parameters() < 10e6 else 3e-6)
+    learning_rate = args.learning_rate or (1.5e-4 if policy.num_parameters() < 10e6 else 3e-6)
     # Zero: the first values are the mean of normalized scores, not a random layer's noise
     value_head = torch.nn.Linear(value_width, 1)
     for parameter in value_head.parameters():

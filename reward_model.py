@@ -42,7 +42,7 @@ class Args:
     learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 8e-4 below 10M parameters, else 1e-5
     num_train_epochs: int = 0  # passes over the pairs; 0 chooses 2 below 10M parameters, else 1
     max_steps: int = 0  # optimizer steps; overrides num_train_epochs if positive
-    per_device_train_batch_size: int = 32  # pairs per forward and backward pass (micro-batch)
+    per_device_train_batch_size: int = 16  # pairs per forward and backward pass (micro-batch)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     warmup_steps: int = 50  # steps of linear warm-up, while the head is random; then a cosine decay to zero
     weight_decay: float = 0.01  # AdamW's
@@ -50,7 +50,7 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     seed: int = 1  # of the new head, the order of the pairs and dropout
     # ---- logging and checkpoints ----
-    eval_steps: int = 200  # steps between evaluations on the held-out pairs
+    eval_steps: int = 500  # steps between evaluations on the held-out pairs
     save_steps: int = 100  # steps between checkpoints
     track: bool = False  # log to Weights & Biases
     resume: bool = False  # resume from the checkpoint in output_dir

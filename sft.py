@@ -28,12 +28,12 @@ class Args:
     output_dir: str = "runs/sft"  # run folder
     prompt_template: str | None = None  # text with {prompt} in it, for a model without a chat template
     max_length: int = 512  # tokens of prompt and completion together; longer examples are left out
-    learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 2e-3 below 10M parameters, else 1e-5
-    num_train_epochs: int = 0  # passes over the demonstrations; 0 chooses 12 below 10M parameters, else 2
+    learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 3e-3 below 10M parameters, else 1e-5
+    num_train_epochs: int = 0  # passes over the demonstrations; 0 chooses 6 below 10M parameters, else 2
     max_steps: int = 0  # optimizer steps; overrides num_train_epochs if positive
-    per_device_train_batch_size: int = 32  # examples per forward and backward pass (micro-batch)
+    per_device_train_batch_size: int = 16  # examples per forward and backward pass (micro-batch)
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
-    warmup_steps: int = 20  # steps of linear warm-up, then a cosine decay to zero
+    warmup_steps: int = 40  # steps of linear warm-up, then a cosine decay to zero
     weight_decay: float = 0.01  # AdamW's
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
@@ -105,7 +105,7 @@ def main(args):
     state = load_checkpoint(args, [args.model_name_or_path])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    if args.model_name_or_path == "scratch":  # a GPT-2 of 1M parameters
+    if args.model_name_or_path == "scratch":  # a Llama of 0.7M parameters
         tokenizer = AutoTokenizer.from_pretrained("data/scratch")
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("data/scratch"))
     else:
@@ -136,8 +136,8 @@ def main(args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     small = model.num_parameters() < 10e6
-    learning_rate = args.learning_rate or (2e-3 if small else 1e-5)
-    epochs = args.num_train_epochs or (12 if small else 2)
+    learning_rate = args.learning_rate or (3e-3 if small else 1e-5)
+    epochs = args.num_train_epochs or (6 if small else 2)
     size = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
     num_batches = epochs * math.ceil(len(train) / size)

@@ -55,16 +55,6 @@ def make_reward(reward_model, tokenizer, missing_eos_penalty):
     return normalized_score
 
 
-def count_positions(module, inputs, named):
-    """Before a forward: positions that count real tokens alone, as in generate. TRL's RLOO and GRPO pad
-    prompts on the left and pass none, so that GPT-2 would number the padding too (huggingface/trl#6800
-    reports it of other trainers). It makes no difference to models with rotary positions."""
-    mask = named.get("attention_mask")
-    if named.get("position_ids") is None and mask is not None:
-        named["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return inputs, named
-
-
 class Notes(transformers.TrainerCallback):
     def __init__(self, args):
         self.args = args
@@ -93,7 +83,7 @@ def main():
     add("--learning_rate", type=float, default=1e-4)
     add("--beta", type=float, default=0.1, help="RLOO: KL in the reward; GRPO: in the loss; DPO: its own")
     add("--seed", type=int, default=1)
-    add("--total_episodes", type=int, default=5120, help="responses of RLOO and GRPO")
+    add("--total_episodes", type=int, default=3072, help="responses of RLOO and GRPO")
     add("--num_train_epochs", type=float, default=1, help="passes of DPO over the pairs")
     add("--batch_size", type=int, default=128, help="responses or pairs an update")
     add("--num_mini_batches", type=int, default=8)
@@ -101,7 +91,6 @@ def main():
     add("--warmup_steps", type=int, default=2, help="updates")
     add("--missing_eos_penalty", type=float, default=1.0)
     add("--save_steps", type=int, default=5, help="updates")
-    add("--slot_positions", action="store_true", help="positions as TRL leaves them: padding counts")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -146,10 +135,6 @@ def main():
         config |= {"loss_type": "bnpo", "scale_rewards": "group", "use_bias_correction_kl": False}
     name = args.method.upper()
     trainer = getattr(trl, f"{name}Trainer")(args=getattr(trl, f"{name}Config")(**config), **named)
-    if not pairs and not args.slot_positions:
-        for model in (policy, trainer.ref_model):
-            if model is not None:  # TRL loads no reference at beta 0
-                model.register_forward_pre_hook(count_positions, with_kwargs=True)
     trainer.train()
     policy.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

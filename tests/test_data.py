@@ -46,8 +46,8 @@ def test_every_file_is_reproduced_byte_for_byte(tmp_path):
 
 
 def test_scratch_is_reproduced(tmp_path):
-    """make_scratch.py writes the shipped vocabulary and merges, the template, and the config of a model of 1M
-    parameters; the tokenizer pads and ends."""
+    """make_scratch.py writes the shipped vocabulary and merges, the template, and the config of a model of
+    0.7M parameters; the tokenizer pads and ends."""
     make_scratch.main(tmp_path)
     names = ("tokenizer.json", "config.json")
     folders = (tmp_path, SCRATCH)
@@ -58,8 +58,8 @@ def test_scratch_is_reproduced(tmp_path):
     made[1].pop("transformers_version"), shipped[1].pop("transformers_version")
     assert made[1] == shipped[1] and made[1]["vocab_size"] == len(made[0]["model"]["vocab"])
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in SCRATCH.iterdir()}
-    config = transformers.GPT2Config(**shipped[1])
-    assert 0.9e6 < transformers.AutoModelForCausalLM.from_config(config).num_parameters() < 1.1e6
+    config = transformers.LlamaConfig(**shipped[1])
+    assert 0.6e6 < transformers.AutoModelForCausalLM.from_config(config).num_parameters() < 0.8e6
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     for path in (tmp_path, SCRATCH):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)

@@ -126,7 +126,8 @@ def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     shutil.copytree(REPOSITORY / "data/scratch", folder / "data/scratch")
     config = folder / "data/scratch/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": 1, "n_embd": 32}))
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "head_dim": 8, "intermediate_size": 64}
+    config.write_text(json.dumps(json.loads(config.read_text()) | small))
     for name in ("demonstrations", "preferences", "prompts"):
         for split, count in (("train", 48), ("test", 12)):
             rows = read_jsonl(REPOSITORY / f"data/{name}/{split}.jsonl")[:count]
