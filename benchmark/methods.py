@@ -53,21 +53,21 @@ TRL = {  # name: flags of trl_method.py; TRL's PPO has trl_ppo.py
     "TRL DPO": ("--method", "dpo"),
 }
 METHODS = [*OURS, "TRL PPO", *TRL, "best-of-n"]
-# name: (learning rate, KL coefficient). NOT TUNED YET: guesses, to be replaced by what --tune prints.
+# name: (learning rate, KL coefficient), by --tune; those of TRL's PPO, RLOO and GRPO are ours
 CHOSEN = {
-    "PPO": (1e-4, 0.05),
-    "RLOO": (1e-4, 0.05),
-    "GRPO": (1e-4, 0.1),
-    "TRL PPO": (1e-4, 0.05),
-    "TRL RLOO": (1e-4, 0.05),
-    "TRL GRPO": (1e-4, 0.1),
-    "TRL DPO": (1e-4, 0.1),
+    "PPO": (1.5e-4, 0.1),
+    "RLOO": (1.5e-4, 0.1),
+    "GRPO": (1.5e-4, 0.2),
+    "TRL PPO": (1.5e-4, 0.1),
+    "TRL RLOO": (1.5e-4, 0.1),
+    "TRL GRPO": (1.5e-4, 0.2),
+    "TRL DPO": (1.5e-4, 0.2),
 }
 RATES = [1.5e-4, 4e-4]
 BETAS = [0.05, 0.1]
 # Group-normalized advantages grow as the scores of a group become alike, and DPO's beta is of another kind
 GRID = {name: (RATES, [0.1, 0.2] if "GRPO" in name or "DPO" in name else BETAS) for name in CHOSEN}
-BEST_OF = [4, 16, 64]
+BEST_OF = [4, 16]
 
 
 def twin(name):
@@ -201,7 +201,7 @@ def draw(runs, path):
         best = [list(seeds.values()) for name, seeds in runs.items() if name not in trained]
         line = [[common.mean(row[y] for (row,) in seeds) for seeds in best] for y in (key, "gold")]
         if key == "kl":
-            axis.plot(*line, color="black", marker="|", markersize=9, label="best-of-n: 4, 16, 64")
+            axis.plot(*line, color="black", marker="|", markersize=9, label="best-of-n: 4, 16")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25, linewidth=0.6)
     axes[0].set_ylabel("gold score")
