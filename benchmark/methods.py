@@ -7,9 +7,9 @@
     python benchmark/methods.py --world runs/second_world --trl_python trl_env/bin/python
 
 All start from the same SFT and reward models, and are judged by the same code with the same random numbers.
---tune runs each method's GRID (two learning rates, two KL coefficients, one seed), in a world whose
-held-out prompts are not those of the shipped task; what is best there by the gold score goes into CHOSEN by
-hand. --equal gives TRL's PPO, RLOO and GRPO the settings of ours, and compares each with its own.
+--tune runs a method's GRID (two learning rates, two KL coefficients, one seed), in a world whose held-out
+prompts are not those of the shipped task; what is best there by the gold score goes into CHOSEN by hand.
+TRL's PPO, RLOO and GRPO have the settings of ours so far; --equal compares each of them with its own.
 
 Made equal: 3,072 sampled responses (DPO: one pass over the reward model's 9,000 pairs, in whole updates), 128
 an update, 2 passes of 8 minibatches (DPO: one of 8), temperature 0.7, at most 64 tokens, the penalty
@@ -20,7 +20,8 @@ Scores are normalized by the first rollout, which samples the SFT model (TRL's P
 Left as TRL does it: RLOO's ratio, and its clip, are those of a whole response (ours: of each token), and its
 gradient is larger by a response's length, so that the limit on its norm cuts it: the two point the same way
 until the policy has moved, and need not lie on one curve. Both passes have the same minibatches; generate
-stops at the tokenizer's EOS alone; DPO's log-probs are at temperature 1.
+stops at the tokenizer's EOS alone; DPO's log-probs are at temperature 1. TRL's RLOO and GRPO number the left
+padding too: harmless with rotary positions, as here, wrong with learned ones (GPT-2).
 
 Best-of-n trains nothing: its "sampled responses" and seconds are what the held-out prompts cost each time
 that they are answered, and its KL is the bound log n - (n - 1) / n. Other seconds are a run's, start-up
@@ -219,10 +220,8 @@ def tune(args, names):
     for name in names:
         own = {setting: rows[-1] for setting, rows in runs.items() if setting[0] == name}
         best = max(own, key=lambda setting: own[setting]["gold"])
-        rates, _ = GRID[name]
-        edge = "at the grid's edge" if best[1] in (rates[0], rates[-1]) else ""
         for setting, row in own.items():
-            mark = f"best {edge}".strip() if setting == best else ""
+            mark = "best" if setting == best else ""
             cells = [f"{row[key]:{form}}" for key, form in (("gold", ".2f"), ("kl", ".1f"), ("score", ".2f"))]
             table.append([name, f"{setting[1]:g}", f"{setting[2]:g}", *cells, mark])
     common.print_table(["", "learning rate", "beta", "gold score", "KL, nats", "RM score", ""], table)
