@@ -3,9 +3,9 @@
     python benchmark/same_budget.py --trl_python trl_env/bin/python
 
 All start from the same SFT and reward models and make --total_episodes responses, 128 an update. First the
-learning rate of each is chosen from the same few (--learning_rates), at beta 0.1 and the first seed, by the gold
-score at the end; then each runs with its own at every beta and seed. Every checkpoint is judged by the same
-code, with the same random numbers. The learning rates are chosen on the prompts that are reported.
+learning rate of each is chosen from the same few (--learning_rates), at beta 0.1 and the first seed, by the
+gold score at the end, on the prompts that are reported; then each runs with its own at every beta and seed.
+Every checkpoint is judged by the same code, with the same random numbers.
 
 Made equal, by what TRL offers: prompts, temperature, the stop at EOS and the penalty without it, beta and
 the k1 estimate of the KL, gamma, lambda, clip ranges, weight of the value loss, whitened advantages, no
