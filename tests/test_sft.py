@@ -235,10 +235,10 @@ def check_defaults(stage, monkeypatch, rates, epochs):
 
 
 def test_defaults_by_size(monkeypatch):
-    """2e-3 and 12 epochs below 10M parameters, 1e-5 and 2 from there on."""
+    """3e-3 and 6 epochs below 10M parameters, 1e-5 and 2 from there on."""
     make_base("gpt2")
     write_data(ROWS, ROWS[:2])
-    check_defaults(sft, monkeypatch, (2e-3, 1e-5), (12, 2))
+    check_defaults(sft, monkeypatch, (3e-3, 1e-5), (6, 2))
 
 
 def test_what_is_trained_on(capsys):
