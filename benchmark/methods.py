@@ -187,12 +187,14 @@ def print_tables(args, runs):
 
 
 def draw(runs, path):
-    """Gold score against KL and against seconds: a line a method, the mean of its seeds."""
+    """Gold score against KL and against sampled responses: a line a method, the mean of its seeds."""
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
     trained = [name for name in runs if not name.startswith("best of")]
     families = list(dict.fromkeys(map(twin, trained)))
-    for axis, key, label in zip(axes, ("kl", "seconds"), ("KL (nats a response)", "seconds on one CPU core")):
+    for axis, key, label in zip(
+        axes, ("kl", "episodes"), ("KL (nats a response)", "sampled responses (DPO: pairs)")
+    ):
         for name in trained:
             points = list(zip(*runs[name].values()))  # checkpoints, each with the rows of all seeds
             line = [[common.mean(row[y] for row in rows) for rows in points] for y in (key, "gold")]
