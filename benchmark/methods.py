@@ -192,21 +192,21 @@ def draw(runs, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
     trained = [name for name in runs if not name.startswith("best of")]
     families = list(dict.fromkeys(map(twin, trained)))
-    for axis, key, label in zip(
-        axes, ("kl", "episodes"), ("KL (nats a response)", "sampled responses (DPO: pairs)")
-    ):
+    labels = {"kl": "KL (nats a response)", "episodes": "sampled responses (DPO: pairs)"}
+    for axis, (key, label) in zip(axes, labels.items()):
         for name in trained:
             points = list(zip(*runs[name].values()))  # checkpoints, each with the rows of all seeds
             line = [[common.mean(row[y] for row in rows) for rows in points] for y in (key, "gold")]
             colour = f"C{families.index(twin(name))}"
             style = {"linestyle": "--", "marker": "s"} if name.startswith("TRL") else {"marker": "o"}
             axis.plot(*line, color=colour, markersize=4, linewidth=1.6, label=name, **style)
-        best = [list(seeds.values()) for name, seeds in runs.items() if name not in trained]
-        line = [[common.mean(row[y] for (row,) in seeds) for seeds in best] for y in (key, "gold")]
-        if key == "kl":
-            axis.plot(*line, color="black", marker="|", markersize=9, label="best-of-n: 4, 16")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25, linewidth=0.6)
+    best = [list(seeds.values()) for name, seeds in runs.items() if name not in trained]
+    if best:
+        line = [[common.mean(row[y] for (row,) in seeds) for seeds in best] for y in ("kl", "gold")]
+        label = f"best-of-n: {', '.join(map(str, BEST_OF))}"
+        axes[0].plot(*line, color="black", marker="|", markersize=9, label=label)
     axes[0].set_ylabel("gold score")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
     figure.savefig(path, dpi=105)
