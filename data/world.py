@@ -131,7 +131,7 @@ PAIRS_PER_PROMPT = {"train": 25, "test": 10}
 HUMAN = {
     "opening": {"opening": 0.32, "rude": 0.16, None: 0.52},
     "closing": {"closing": 0.32, "rude": 0.10, None: 0.58},
-    "steps": {4: 0.20, 3: 0.26, 2: 0.28, 1: 0.16, 0: 0.10},
+    "steps": {4: 0.36, 3: 0.22, 2: 0.20, 1: 0.12, 0: 0.10},
     "fillers": {0: 0.36, 1: 0.40, 2: 0.24},
 }
 # The other half: what the policy will be like when it has learned something. A reward model that
