@@ -13,7 +13,7 @@ gold score, KL, length, and the perplexity on held-out demonstrations, which is 
 
 A difference is to the first variant of the set at the same seed, its interval Student's t over the seeds. Of
 twenty such intervals one leaves 0 out by chance. Runs are kept in --work_dir under a checksum of script,
-patches and flags, and skipped the next time. Rows go to results/SET.jsonl, one a variant and seed.
+patches and flags, and skipped the next time, in any set. Rows go to results/SET.jsonl, one a variant and seed.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ import sft
 ENSEMBLE = "--reward_model_path {own} {other1} {other2}"  # the seed's own reward model and two other seeds'
 SETS = {  # set: {variant: (patches, flags)}; the first is what the others are compared with
     "shipped_task": {
-        "beta 0.1": ((), "--beta 0.1"),
+        "beta 0.1": ((), ""),
         "beta 1.0": ((), "--beta 1.0"),
         "beta 0, long": ((), "--beta 0 --total_episodes 10240"),
     },
@@ -89,11 +89,10 @@ def perplexity(policy, models):
     return math.exp(total / sum(len(completion) for _, completion in pairs))
 
 
-def judged(folder, base, models, texts, samples):
-    """One row: the final policy of a run, in means over `samples` responses to each text."""
+def judged(folder, base, models, others, texts):
+    """One row: the final policy of a run, in means over its responses to the texts; others: the SFT model's."""
     policy = common.load_policy(folder)
-    rows = common.respond(policy, models, texts * samples, seed=0)
-    others = common.respond(models.reference, models, texts * samples, seed=0)
+    rows = common.respond(policy, models, texts, seed=0)
     accuracy = [
         row for row in common.read_jsonl(base / "reward_model/metrics.jsonl") if "eval/accuracy" in row
     ]
@@ -158,7 +157,7 @@ def main():
     for name, (patches, flags) in variants.items():
         files = ["ppo_rlhf.py", *(f"benchmark/{patch}.patch" for patch in patches)]
         text = b"".join((common.ROOT / file).read_bytes() for file in files) + f"{shared} {flags}".encode()
-        slug = "".join(c for c in name.replace(" ", "_") if c.isalnum() or c in "._-")
+        slug = "_".join(Path(patch).name for patch in patches) or "flags"
         folder = args.work_dir / f"{slug}_{hashlib.sha256(text).hexdigest()[:8]}"
         script = common.make_copy(folder / "script", patches)
         for seed in args.seeds:
@@ -176,10 +175,11 @@ def main():
     for seed in args.seeds:
         base = args.base_dir / f"seed{seed}"
         models = common.load(base)
+        others = common.respond(models.reference, models, texts * args.samples, seed=0)
         for name in variants:
             folder = jobs[name, seed][0]
             path = folder / f"judged_{len(texts)}x{args.samples}.jsonl"
-            row = common.cached(path, judged, folder, base, models, texts, args.samples)[0]
+            row = common.cached(path, judged, folder, base, models, others, texts * args.samples)[0]
             rows.append({"variant": name, "seed": seed, "flags": args.flags, **row})
     common.write_jsonl(args.output_dir / f"{args.set}.jsonl", rows)
     print_table(rows)
