@@ -13,7 +13,7 @@ gold score, KL, length, and the perplexity on held-out demonstrations, which is 
 
 A difference is to the first variant of the set at the same seed, its interval Student's t over the seeds. Of
 twenty such intervals one leaves 0 out by chance. Runs are kept in --work_dir under a checksum of script,
-patches and flags, and skipped the next time, in any set. Rows go to results/SET.jsonl, one a variant and seed.
+patches and flags, and skipped the next time, in any set. results/SET.jsonl has a row a variant and seed.
 """
 
 import hashlib
@@ -90,7 +90,7 @@ def perplexity(policy, models):
 
 
 def judged(folder, base, models, others, texts):
-    """One row: the final policy of a run, in means over its responses to the texts; others: the SFT model's."""
+    """One row: the final policy of a run, in means over responses to the texts; others: the SFT model's."""
     policy = common.load_policy(folder)
     rows = common.respond(policy, models, texts, seed=0)
     accuracy = [
