@@ -1,9 +1,9 @@
 """How much KL penalty: PPO at seven betas and best-of-n against the same reward model, judged on the way.
 
-    python benchmark/beta_sweep.py --seeds 1 2 3            # about two hours of CPU time, two runs at a time
+    python benchmark/beta_sweep.py --seeds 1 2 3            # about forty minutes of CPU time
     python benchmark/beta_sweep.py --draw_only              # table, fits and pictures from the rows, seconds
 
-The runs, a checkpoint kept every 5 updates, and the judged rows stay in --base_dir/beta_sweep/seed1/beta_0.1
+The runs, a checkpoint kept every 3 updates, and the judged rows stay in --base_dir/beta_sweep/seed1/beta_0.1
 and so on. Writes beta_sweep.jsonl (rows and fits), beta_sweep.png and beta_sweep_updates.png.
 
 Each checkpoint responds to the held-out prompts --samples times. Update 0 is the SFT model. Best-of-n:
@@ -34,7 +34,9 @@ import torch
 from common import mean
 from tqdm import tqdm
 
-SAVE_STEPS = 5
+import ppo_rlhf
+
+SAVE_STEPS = 3
 MARKERS = "os^vDPX<>*"
 LABELS = {
     "gold": f"gold score (at most {common.gold_judge.BEST:g})",
@@ -232,7 +234,7 @@ def main():
     parser = common.parser(__doc__)
     add = parser.add_argument
     add("--betas", nargs="+", default=["0", "0.01", "0.05", "0.1", "0.2", "0.5", "1.0"], help="at most ten")
-    add("--total_episodes", type=int, default=10240, help="of each PPO run")
+    add("--total_episodes", type=int, default=ppo_rlhf.Args.total_episodes, help="of each PPO run")
     add("--samples", type=int, default=2, help="responses of each checkpoint to each held-out prompt")
     add("--best_of", type=int, default=64, help="responses of the SFT model to each held-out prompt")
     add("--draw_only", action="store_true", help="run nothing: draw the rows in beta_sweep.jsonl")

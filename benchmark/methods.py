@@ -15,9 +15,13 @@ Made equal: 3,072 sampled responses (DPO: one pass over the reward model's 9,000
 an update, 2 passes of 8 minibatches (DPO: one of 8), temperature 0.7, at most 64 tokens, the penalty
 without EOS, warm-up and linear decay, Adam with eps 1e-5, clip range 0.2, gradient norm 1, no dropout, fp32,
 4 (RLOO) or 8 (GRPO) responses to a prompt; KL by k1 in the reward (PPO, RLOO), by k3 in the loss (GRPO).
-Scores are normalized by the first rollout, which samples the SFT model (TRL's PPO: see same_budget.py).
+Scores are normalized by the first rollout, which samples the SFT model. For TRL's PPO the scale is put into
+the reward model's head (trl_ppo.py), from SFT responses to the held-out prompts.
 
-Left as TRL does it: RLOO's ratio, and its clip, are those of a whole response (ours: of each token), and its
+Left as TRL does it: PPO's critic starts as the reward model with its head (ours: its backbone, the head at
+zero); the score falls one slot after the last token, where a value is learned too, unless the response fills
+the last slot; old log-probs are the sampler's; gradients are not clipped; each pass leaves out the prompts
+that fill no batch. RLOO's ratio, and its clip, are those of a whole response (ours: of each token), and its
 gradient is larger by a response's length, so that the limit on its norm cuts it: the two point the same way
 until the policy has moved, and need not lie on one curve. Both passes have the same minibatches; generate
 stops at the tokenizer's EOS alone; DPO's log-probs are at temperature 1. TRL's RLOO and GRPO number the left
@@ -30,15 +34,16 @@ included (TRL's imports, DPO's tokenization: some 10 to 20 s), spread evenly ove
 Runs are kept in --work_dir; another budget, or changed code, wants another.
 """
 
+import json
 import math
 import shutil
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import common
 import matplotlib
-import same_budget
 import torch
 from tqdm import tqdm
 
@@ -69,6 +74,8 @@ BETAS = [0.05, 0.1]
 # Group-normalized advantages grow as the scores of a group become alike, and DPO's beta is of another kind
 GRID = {name: (RATES, [0.1, 0.2] if "GRPO" in name or "DPO" in name else BETAS) for name in CHOSEN}
 BEST_OF = [4, 16]
+LEVELS = [1, 2, 3, 4]  # nats a response, where gold scores are compared
+BECOME = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"  # turns run_once's Python into TRL's
 
 
 def twin(name):
@@ -79,13 +86,21 @@ def twin(name):
 def job(args, setting):
     """(folder, command) of one run; setting: (name, learning rate, KL coefficient, seed)."""
     name, learning_rate, beta, seed = setting
-    if name == "TRL PPO":
-        return same_budget.job(args, "TRL", learning_rate, beta, seed)
     slug = name.lower().replace(", ", "_").replace(" ", "_")
     folder = args.work_dir / f"{slug}_lr_{learning_rate:g}_beta_{beta:g}_seed{seed}"
     base = args.base_dir / f"seed{seed}"
     flags = {"learning_rate": learning_rate, "beta": beta, "save_steps": args.save_steps}
     flags["total_episodes"] = args.total_episodes
+    if name == "TRL PPO":
+        paths = {"sft_model_path": str(base / "sft"), "reward_model_path": str(base / "reward_model")}
+        settings = asdict(ppo_rlhf.Args(**paths, output_dir=str(folder), seed=seed, **flags))
+        if not (folder / "args.json").exists():
+            models = common.load(base)
+            settings |= {"score_mean": models.mean, "score_std": models.std}
+            settings |= {"device": "cpu", "contender": "trl"}
+            folder.mkdir(parents=True)
+            (folder / "args.json").write_text(json.dumps(settings, indent=2))
+        return folder, ["-c", BECOME, args.trl_python, common.ROOT / "benchmark/trl_ppo.py", folder]
     if name in OURS:
         script = args.work_dir / f"{slug}_script/ppo_rlhf.py"
         if not script.exists():
@@ -94,7 +109,7 @@ def job(args, setting):
     flags |= {"base_dir": base, "output_dir": folder, "seed": seed}
     words = [word for key, value in flags.items() for word in (f"--{key}", value)]
     script = common.ROOT / "benchmark/trl_method.py"
-    return folder, ["-c", same_budget.BECOME, args.trl_python, script, *TRL[name], *words]
+    return folder, ["-c", BECOME, args.trl_python, script, *TRL[name], *words]
 
 
 def best_of_n(models, texts):
@@ -162,7 +177,7 @@ def print_tables(args, runs):
         cells.append(common.interval([100 * row["win_rate"] for row in last.values()], ".0f"))
         table.append([*cells, f"{common.mean(row['episodes'] for row in last.values()):,.0f}"])
         asked = [("episodes", share * args.total_episodes, "gold") for share in (0.25, 0.5, 0.75)]
-        asked += [("kl", level, "gold") for level in same_budget.LEVELS] + [("gold", target, "seconds")]
+        asked += [("kl", level, "gold") for level in LEVELS] + [("gold", target, "seconds")]
         cells = [name]
         for x, level, y in asked:
             values = [value for rows in seeds.values() if (value := first_at(rows, x, level, y)) is not None]
@@ -182,7 +197,7 @@ def print_tables(args, runs):
     common.print_table(titles, table)
     print("\nOn the way, interpolated between checkpoints (seeds that come there):\n")
     titles = [f"gold at {share * args.total_episodes:,.0f}" for share in (0.25, 0.5, 0.75)]
-    titles += [f"at {level} nats" for level in same_budget.LEVELS]
+    titles += [f"at {level} nats" for level in LEVELS]
     common.print_table(["", *titles, f"s to gold {target:g}"], paths)
 
 

@@ -5,7 +5,7 @@
 Reads FOLDER/args.json: ppo_rlhf.py's flags, device, contender, score_mean and score_std, and does with TRL
 what they say. Writes there metrics.jsonl, in TRL's names; times.jsonl, the seconds of each update's phases,
 for speed.py; kept/*.pt, the policy's weights every save_steps updates, as common.checkpoints reads them, for
-same_budget.py, which tells what is made equal to ours and what stays TRL's own.
+methods.py, which tells what is made equal to ours and what stays TRL's own.
 
 Minibatches are what they are called only while gradient_accumulation_steps is 1 (with more, accelerate steps
 once for all of them), so the micro-batch is the minibatch. Generation runs in pieces of 64, TRL's default.
