@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import reward_model as stage2
 import sft
+from ppo_rlhf import Args
 
 PAIRS = common.DATA / "preferences"
 
@@ -48,7 +49,7 @@ def main():
     add = parser.add_argument
     add("--pairs", type=int, nargs="+", default=[500, 1000, 2000, 4500, 9000])
     add("--betas", nargs="+", default=["0.1", "0"])
-    add("--total_episodes", type=int, default=10240, help="of a PPO run that is missing")
+    add("--total_episodes", type=int, default=Args.total_episodes, help="of a PPO run that is missing")
     add("--samples", type=int, default=4, help="responses judged to each held-out prompt")
     args = parser.parse_args()
     everything = len(common.read_jsonl(PAIRS / "train.jsonl"))
@@ -67,7 +68,7 @@ def main():
             jobs.append(common.job(folder, "reward_model.py", seed=seed, **flags))
         for beta in args.betas:
             run = args.base_dir / f"beta_sweep/seed{seed}/beta_{beta}"
-            flags = {"beta": beta, "total_episodes": args.total_episodes, "save_steps": 5}
+            flags = {"beta": beta, "total_episodes": args.total_episodes, "save_steps": 3}
             ppo[beta, seed] = common.ppo_job(run, base, seed, **flags)
     common.run_all(jobs, args.parallel, "reward models")
     common.run_all(list(ppo.values()), args.parallel, "ppo", keep=True)
