@@ -150,7 +150,7 @@ def main():
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--prompt", default="Please tell me how an eclipse works.")
-    parser.add_argument("--updates", type=int, default=20, help="to make; default: half of a default run")
+    parser.add_argument("--updates", type=int, default=12, help="to make; default: half of a default run")
     parser.add_argument("--figures_dir", type=Path, default=common.RESULTS)
     own, others = parser.parse_known_args()
     args = tyro.cli(ppo_rlhf.Args, args=others)
