@@ -3,13 +3,12 @@
     python benchmark/make_world.py --output_dir runs/rotation1 --rotation 1
     python benchmark/methods.py --tune --world runs/rotation1 --trl_python trl_env/bin/python
     python benchmark/methods.py --trl_python trl_env/bin/python --seeds 1 2 3 4 5
-    python benchmark/methods.py --equal --trl_python trl_env/bin/python
     python benchmark/methods.py --world runs/second_world --trl_python trl_env/bin/python
 
 All start from the same SFT and reward models, and are judged by the same code with the same random numbers.
 --tune runs a method's GRID (two learning rates, two KL coefficients, one seed), in a world whose held-out
 prompts are not those of the shipped task; what is best there by the gold score goes into CHOSEN by hand.
-TRL's PPO, RLOO and GRPO have the settings of ours so far; --equal compares each of them with its own.
+TRL's PPO, RLOO and GRPO have the settings of ours: a check of both, as they should end alike.
 
 Made equal: 3,072 sampled responses (DPO: one pass over the reward model's 9,000 pairs, in whole updates), 128
 an update, 2 passes of 8 minibatches (DPO: one of 8), temperature 0.7, at most 64 tokens, the penalty
@@ -59,7 +58,7 @@ TRL = {  # name: flags of trl_method.py; TRL's PPO has trl_ppo.py
     "TRL DPO": ("--method", "dpo"),
 }
 METHODS = [*OURS, "TRL PPO", *TRL, "best-of-n"]
-# name: (learning rate, KL coefficient), by --tune; those of TRL's PPO, RLOO and GRPO are ours
+# name: (learning rate, KL coefficient), by --tune; TRL's PPO, RLOO and GRPO have those of ours
 CHOSEN = {
     "PPO": (1.5e-4, 0.1),
     "RLOO": (1.5e-4, 0.1),
@@ -162,16 +161,16 @@ def first_at(rows, x, level, y):
 
 
 def print_tables(args, runs):
-    """runs: {name: {seed: rows}}. Differences are to the first method, with --equal to ours of TRL's name."""
+    """runs: {name: {seed: rows}}. Differences are to the first method."""
     table, paths = [], []
     target = 0.825 * common.gold_judge.BEST  # 3.3 on the shipped task
+    first = next(iter(runs.values()))
     for name, seeds in runs.items():
         last = {seed: rows[-1] for seed, rows in seeds.items()}
-        other = twin(name) if args.equal else next(iter(runs))
         cells = [name, len(last), common.spread(row["gold"] for row in last.values())]
         for key in ("gold", "kl"):
-            pairs = [(row[key], runs[other][seed][-1][key]) for seed, row in last.items() if other in runs]
-            cells.append(common.interval([a - b for a, b in pairs]) if pairs and other != name else "")
+            differences = [row[key] - first[seed][-1][key] for seed, row in last.items()]
+            cells.append("" if seeds is first else common.interval(differences))
         columns = {"kl": ".1f", "score": ".2f", "length": ".1f", "garbled": ".2f", "seconds": ".0f"}
         cells += [f"{common.mean(row[key] for row in last.values()):{form}}" for key, form in columns.items()]
         cells.append(common.interval([100 * row["win_rate"] for row in last.values()], ".0f"))
@@ -251,7 +250,6 @@ def main():
     add("--trl_python", required=True, help="Python of an environment with TRL (benchmark/requirements.txt)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--tune", action="store_true", help="run the grids, at the first seed; not on the shipped task")
-    add("--equal", action="store_true", help="TRL's PPO, RLOO and GRPO with our settings")
     add("--total_episodes", type=int, default=ppo_rlhf.Args.total_episodes)
     add("--save_steps", type=int, default=4, help="updates between two checkpoints, all of which are judged")
     add("--samples", type=int, default=4, help="responses judged to each held-out prompt")
@@ -269,24 +267,18 @@ def main():
     torch.set_num_threads(1)  # as the runs have, with two at a time
     seeds = args.seeds[:1] if args.tune else args.seeds
     common.baselines(args.base_dir, seeds, args.parallel)
-    names = args.methods
-    chosen = CHOSEN
-    if args.tune:
-        names = [name for name in names if name in CHOSEN]
-    elif args.equal:
-        names = [name for name in names if twin(name) in OURS]
-        chosen = {name: CHOSEN[twin(name)] for name in names}
-    output = args.output_dir / f"methods{'_tune' if args.tune else '_equal' if args.equal else ''}.jsonl"
+    names = [name for name in args.methods if name in CHOSEN]
+    output = args.output_dir / f"methods{'_tune' if args.tune else ''}.jsonl"
     if args.tune:
         runs = tune(args, names)
     else:  # by seed, so that a stopped run has complete ones
-        settings = [(name, *chosen[name], seed) for seed in seeds for name in names if name in chosen]
+        settings = [(name, *CHOSEN[name], seed) for seed in seeds for name in names]
         runs = run_and_judge(args, "runs", settings)
     rows = []
     for (name, rate, beta, seed), path in runs.items():
         what = {"method": name, "learning_rate": rate, "beta": beta, "seed": seed}
         rows += [{**what, **row} for row in path]
-    if "best-of-n" in names:
+    if "best-of-n" in args.methods and not args.tune:
         texts = common.held_out(args.limit)
         for seed in seeds:
             path = args.work_dir / f"best_of_{max(BEST_OF)}_seed{seed}_judged_{len(texts)}.jsonl"
