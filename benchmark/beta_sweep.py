@@ -1,10 +1,11 @@
 """How much KL penalty: PPO at seven betas and best-of-n against the same reward model, judged on the way.
 
-    python benchmark/beta_sweep.py --seeds 1 2 3            # about forty minutes of CPU time
+    python benchmark/beta_sweep.py --seeds 1 2 3            # about an hour of CPU time
     python benchmark/beta_sweep.py --draw_only              # table, fits and pictures from the rows, seconds
 
-The runs, a checkpoint kept every 3 updates, and the judged rows stay in --base_dir/beta_sweep/seed1/beta_0.1
-and so on. Writes beta_sweep.jsonl (rows and fits), beta_sweep.png and beta_sweep_updates.png.
+A beta is a number, or BETA:EPISODES where a run is longer, as over-optimization takes its time. The runs, a
+checkpoint kept every 3 updates, and the judged rows stay in --base_dir/beta_sweep/seed1/beta_0.1 and so on.
+Writes beta_sweep.jsonl (rows and fits), beta_sweep.png and beta_sweep_updates.png.
 
 Each checkpoint responds to the held-out prompts --samples times. Update 0 is the SFT model. Best-of-n:
 --best_of N responses of the SFT model to each prompt; for every n the unbiased estimate of the expected best
@@ -75,6 +76,16 @@ def judge_best_of_n(base, texts, best_of):
     return rows
 
 
+def coefficient(beta):
+    """Its number: 0.1 of "0.1", 0 of "0:10240"."""
+    return float(beta.partition(":")[0])
+
+
+def label(beta):
+    value, _, episodes = beta.partition(":")
+    return f"beta {value}" + (f", {int(episodes):,} episodes" if episodes else "")
+
+
 def root(kl):
     return math.sqrt(max(kl, 0.0))  # an estimate from samples may be below 0
 
@@ -118,7 +129,8 @@ def print_tables(runs, best, fits):
         golds = common.spread(path[-1]["gold"] for path in paths)
         wins = common.interval([100 * path[-1]["win_rate"] for path in paths], ".0f")
         figures = [f"{last['kl']:.1f}", f"{last['length']:.0f}", f"{top['gold']:.2f}", f"{top['kl']:.1f}"]
-        table.append([beta, f"{last['score']:.2f}", golds, wins, *figures, f"{top['episodes']:.0f}"])
+        name = label(beta).removeprefix("beta ")
+        table.append([name, f"{last['score']:.2f}", golds, wins, *figures, f"{top['episodes']:.0f}"])
     common.print_table([*titles, "peak gold", "at KL", "at episode"], table)
     keys = ("n", "score", "gold", "kl", "length")
     table = [[f"{row[key]:.2f}" for key in keys] for row in over_seeds(best)]
@@ -138,7 +150,7 @@ def draw_paths(axis, runs, key, x):
         style = {"color": colour, "marker": MARKERS[i], "markersize": 4.5, "linewidth": 1.6}
         every = max(1, len(path) // 5)
         points = list(map(x, path)), [row[key] for row in path]
-        axis.plot(*points, markevery=every, label=f"beta {beta}", **style)
+        axis.plot(*points, markevery=every, label=label(beta), **style)
     axis.set_ylabel(LABELS[key])
     axis.grid(alpha=0.25, linewidth=0.6)
 
@@ -190,12 +202,12 @@ def draw_over_episodes(runs, path):
 
 def report(rows, output):
     """Tables, fits and pictures from the rows -> the rows of the fits."""
-    betas = sorted({row["beta"] for row in rows if row["kind"] == "ppo"}, key=float)
+    betas = sorted({row["beta"] for row in rows if row["kind"] == "ppo"}, key=lambda x: (coefficient(x), x))
     seeds = sorted({row["seed"] for row in rows})
     own = lambda beta, seed: [row for row in rows if (row.get("beta"), row["seed"]) == (beta, seed)]
     runs = {beta: [own(beta, seed) for seed in seeds] for beta in betas}
     best = [[row for row in rows if row["kind"] == "best_of_n" and row["seed"] == seed] for seed in seeds]
-    free = [path for beta in betas if float(beta) == 0 for path in runs[beta]]
+    free = [path for beta in betas if coefficient(beta) == 0 for path in runs[beta]]
     families = zip(FAMILIES, (free, [*chain(*runs.values())], best))
     fits = [fit(family, paths) for family, paths in families if sum(len(path) - 1 for path in paths) > 2]
     print_tables(runs, best, fits)
@@ -209,7 +221,6 @@ def collect(args):
     """Make and judge what is not there yet -> rows of all PPO runs and of best-of-n."""
     texts = common.held_out(args.limit)
     common.baselines(args.base_dir, args.seeds, args.parallel)
-    flags = {"total_episodes": args.total_episodes, "save_steps": SAVE_STEPS}
     ppo = []
     jobs = []  # of judging: (what is judged, arguments of `cached`)
     for seed in args.seeds:
@@ -218,8 +229,10 @@ def collect(args):
         path = sweep / f"best_of_n_judged_{len(texts)}x{args.best_of}.jsonl"
         jobs.append(({"kind": "best_of_n", "seed": seed}, (path, judge_best_of_n, base, texts, args.best_of)))
         for beta in args.betas:
-            run = sweep / f"beta_{beta}"
-            ppo.append(common.ppo_job(run, base, seed, beta=beta, **flags))
+            value, _, episodes = beta.partition(":")
+            run = sweep / f"beta_{beta.replace(':', '_')}"
+            flags = {"beta": value, "total_episodes": episodes or args.total_episodes}
+            ppo.append(common.ppo_job(run, base, seed, save_steps=SAVE_STEPS, **flags))
             path = run / f"judged_{len(texts)}x{args.samples}.jsonl"
             what = {"kind": "ppo", "seed": seed, "beta": beta}
             jobs.append((what, (path, judge_run, run, base, texts, args.samples)))
@@ -233,7 +246,7 @@ def collect(args):
 def main():
     parser = common.parser(__doc__)
     add = parser.add_argument
-    add("--betas", nargs="+", default=["0", "0.01", "0.05", "0.1", "0.2", "0.5", "1.0"], help="at most ten")
+    add("--betas", nargs="+", default=["0:10240", "0", "0.01", "0.05", "0.1", "0.2", "0.5", "1.0"])
     add("--total_episodes", type=int, default=ppo_rlhf.Args.total_episodes, help="of each PPO run")
     add("--samples", type=int, default=2, help="responses of each checkpoint to each held-out prompt")
     add("--best_of", type=int, default=64, help="responses of the SFT model to each held-out prompt")
