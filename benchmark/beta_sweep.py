@@ -82,8 +82,9 @@ def coefficient(beta):
 
 
 def label(beta):
+    """As tables and pictures name it: "0.1", "0, 10,240 episodes"."""
     value, _, episodes = beta.partition(":")
-    return f"beta {value}" + (f", {int(episodes):,} episodes" if episodes else "")
+    return value + (f", {int(episodes):,} episodes" if episodes else "")
 
 
 def root(kl):
@@ -129,8 +130,8 @@ def print_tables(runs, best, fits):
         golds = common.spread(path[-1]["gold"] for path in paths)
         wins = common.interval([100 * path[-1]["win_rate"] for path in paths], ".0f")
         figures = [f"{last['kl']:.1f}", f"{last['length']:.0f}", f"{top['gold']:.2f}", f"{top['kl']:.1f}"]
-        name = label(beta).removeprefix("beta ")
-        table.append([name, f"{last['score']:.2f}", golds, wins, *figures, f"{top['episodes']:.0f}"])
+        figures.append(f"{top['episodes']:.0f}")
+        table.append([label(beta), f"{last['score']:.2f}", golds, wins, *figures])
     common.print_table([*titles, "peak gold", "at KL", "at episode"], table)
     keys = ("n", "score", "gold", "kl", "length")
     table = [[f"{row[key]:.2f}" for key in keys] for row in over_seeds(best)]
@@ -150,7 +151,7 @@ def draw_paths(axis, runs, key, x):
         style = {"color": colour, "marker": MARKERS[i], "markersize": 4.5, "linewidth": 1.6}
         every = max(1, len(path) // 5)
         points = list(map(x, path)), [row[key] for row in path]
-        axis.plot(*points, markevery=every, label=label(beta), **style)
+        axis.plot(*points, markevery=every, label=f"beta {label(beta)}", **style)
     axis.set_ylabel(LABELS[key])
     axis.grid(alpha=0.25, linewidth=0.6)
 
@@ -246,7 +247,8 @@ def collect(args):
 def main():
     parser = common.parser(__doc__)
     add = parser.add_argument
-    add("--betas", nargs="+", default=["0:10240", "0", "0.01", "0.05", "0.1", "0.2", "0.5", "1.0"])
+    betas = ["0:10240", "0", "0.01", "0.05", "0.1", "0.2", "0.5", "1.0"]
+    add("--betas", nargs="+", default=betas, help="at most ten, each BETA or BETA:EPISODES")
     add("--total_episodes", type=int, default=ppo_rlhf.Args.total_episodes, help="of each PPO run")
     add("--samples", type=int, default=2, help="responses of each checkpoint to each held-out prompt")
     add("--best_of", type=int, default=64, help="responses of the SFT model to each held-out prompt")
@@ -256,8 +258,6 @@ def main():
     table = args.output_dir / "beta_sweep.jsonl"
     if args.draw_only:
         rows = [row for row in common.read_jsonl(table) if row["kind"] != "fit"]
-        for row in rows:  # of an older version
-            row["episodes"] = row.pop("episode", row.get("episodes"))
     else:
         rows = collect(args)
     fits = report(rows, args.output_dir)

@@ -18,13 +18,14 @@ Scores are normalized by the first rollout, which samples the SFT model. For TRL
 the reward model's head (trl_ppo.py), from SFT responses to the held-out prompts.
 
 Left as TRL does it: PPO's critic starts as the reward model with its head (ours: its backbone, the head at
-zero); the score falls one slot after the last token, where a value is learned too, unless the response fills
-the last slot; old log-probs are the sampler's; gradients are not clipped; each pass leaves out the prompts
-that fill no batch. RLOO's ratio, and its clip, are those of a whole response (ours: of each token), and its
-gradient is larger by a response's length, so that the limit on its norm cuts it: the two point the same way
-until the policy has moved, and need not lie on one curve. Both passes have the same minibatches; generate
-stops at the tokenizer's EOS alone; DPO's log-probs are at temperature 1. TRL's RLOO and GRPO number the left
-padding too: harmless with rotary positions, as here, wrong with learned ones (GPT-2).
+zero); the score falls one slot after the last token, where a value is learned too, unless the response
+fills the last slot; old log-probs are the sampler's; its gradients are not clipped; each pass leaves out
+the prompts that fill no batch. RLOO's ratio, and its clip, are those of a whole response (ours: of each
+token), and its gradient is larger by a response's length, so that the limit on its norm cuts it: the two
+point the same way until the policy has moved, and need not lie on one curve. Both passes have the same
+minibatches; generate stops at the tokenizer's EOS alone; DPO's log-probs are at temperature 1. TRL's RLOO
+and GRPO number the left padding too: harmless with rotary positions, as here, wrong with learned ones
+(GPT-2).
 
 Best-of-n trains nothing: its "sampled responses" and seconds are what the held-out prompts cost each time
 that they are answered, and its KL is the bound log n - (n - 1) / n. Other seconds are a run's, start-up
@@ -264,7 +265,7 @@ def main():
     ):
         parser.error(f"--trl_python {args.trl_python}: cannot import trl.experimental.ppo")
     args.trl_python = Path(found).absolute()  # the runs start in the world's folder
-    torch.set_num_threads(1)  # as the runs have, with two at a time
+    torch.set_num_threads(1)  # and one for each run, as run_all shares out these
     seeds = args.seeds[:1] if args.tune else args.seeds
     common.baselines(args.base_dir, seeds, args.parallel)
     names = [name for name in args.methods if name in CHOSEN]

@@ -29,7 +29,7 @@ import sft
 ENSEMBLE = "--reward_model_path {own} {other1} {other2}"  # the seed's own reward model and two other seeds'
 SETS = {  # set: {variant: (patches, flags)}; the first is what the others are compared with
     "shipped_task": {
-        "beta 0.1": ((), ""),
+        "beta 0.1": ((), ""),  # the default: what "details" and "forks" compare with
         "beta 1.0": ((), "--beta 1.0"),
         "beta 0, long": ((), "--beta 0 --total_episodes 10240"),
     },
