@@ -27,7 +27,7 @@ FLAGS = {
     "reward_model": "--dataset_test_split test[:300] --learning_rate 1e-4 --max_steps 60 --warmup_steps 6 "
     "--per_device_train_batch_size 12 --eval_steps 60 --save_steps 15",
     "ppo": "--learning_rate 2e-5 --total_episodes 768 --batch_size 64 --num_ppo_epochs 1 --save_steps 3 "
-    "--no-separate_critic",
+    "--no-separate_critic --lam 0.95",
 }
 
 

@@ -24,7 +24,7 @@ from sft import chat_template
 # No penalty for responses that are cut off: at 20 tokens nearly all are
 FLAGS = (
     "--learning_rate 5e-5 --beta 0.05 --total_episodes 768 --batch_size 48 --num_ppo_epochs 1 "
-    "--max_new_tokens 20 --missing_eos_penalty 0 --save_steps 4"
+    "--max_new_tokens 20 --missing_eos_penalty 0 --lam 0.95 --save_steps 4"
 )
 
 

@@ -47,7 +47,7 @@ SETS = {  # set: {variant: (patches, flags)}; the first is what the others are c
         "missing-EOS penalty": ((), "--missing_eos_penalty 0"),
         "value head's learning rate": ((), "--value_learning_rate 1e-4"),
         "small weight of the value loss": ((), "--vf_coef 0.5 --value_learning_rate 3e-3"),
-        "GAE's lambda below 1": ((), "--lam 1"),
+        "GAE's lambda of 1": ((), "--lam 0.95"),
         "warm-up": ((), "--warmup_steps 0"),
     },
     "mitigations": {
@@ -64,9 +64,10 @@ SETS = {  # set: {variant: (patches, flags)}; the first is what the others are c
     },
     "forks": {
         "PPO": ((), ""),
+        "lambda 0.95": ((), "--lam 0.95"),
+        "lambda 0.95, values from 1": (("forks/decoupled_gae",), "--lam 0.95"),
         "shared backbone": ((), "--no-separate_critic"),
-        "shared backbone, lambda 1": ((), "--no-separate_critic --lam 1"),
-        "values from lambda 1": (("forks/decoupled_gae",), ""),
+        "shared backbone, lambda 0.95": ((), "--no-separate_critic --lam 0.95"),
         "value warm-up": (("forks/value_warmup",), ""),
         "clip higher": (("forks/clip_higher",), ""),
         "dual clip": (("forks/dual_clip",), ""),
