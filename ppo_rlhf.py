@@ -223,7 +223,6 @@ def forward(model, ids, starts, labels, temperature, entropy_coef=0.0, critic=No
 
 def reward_fn(reward_model, tokenizer, sequences, starts, lengths, rows):
     """YOUR REWARD GOES HERE: one float per response, on any scale -> [b].
-
     sequences [b, L]: prompt and response, right-padded; starts, lengths [b]: where the response starts and
     ends; rows: the data rows, for a rule that compares with a column. A rule, with --reward_model_path "":
 
@@ -384,7 +383,7 @@ def main(args):
             if not score_std > 1e-6 * (1 + abs(score_mean)):  # all scores are alike
                 score_std = 1.0
         scores = (scores - score_mean) / score_std  # [B]
-        # Without a penalty for being cut off, the policy could learn to ramble on rather than write EOS.
+        # Without this penalty the policy could learn to ramble on rather than write EOS.
         scores -= args.missing_eos_penalty * ~batch.ended
         scores -= args.length_penalty * batch.response_lengths
         clock.append(time.time())
@@ -477,7 +476,7 @@ def main(args):
         if args.track:
             wandb.log(metrics, step=update)
         if args.adaptive_kl_target > 0:
-            # As Ziegler et al. 2019, section 2.2, but with a horizon of 1000 episodes, not their 10,000
+            # Ziegler et al. 2019, section 2.2, but with a horizon of 1000 episodes, not 10,000
             error = mean_kl.item() / args.adaptive_kl_target - 1
             beta *= 1 + min(max(error, -0.2), 0.2) * B / 1000
         if update % args.eval_steps == 0 or update in (1, num_updates):
@@ -541,7 +540,8 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id)
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
     position = positions[:, -1:] + 1  # [B, 1] of the newest token
     renamed = "cache" in inspect.signature(model.base_model.forward).parameters  # as of transformers 5.24
-    cache = {"cache" if renamed else "past_key_values": StaticCache(model.config, max_cache_len=P + T)}
+    static = StaticCache(model.config, max_cache_len=P + T)
+    cache = {"cache" if renamed else "past_key_values": static}
     responses = prompts.new_full((B, T), pad_id)  # [B, T]
     logprobs = torch.zeros_like(uniforms.T)  # [B, T]
     lengths = prompts.new_zeros(B)  # [B]
@@ -573,12 +573,12 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id)
     sample_next(output.last_hidden_state[:, -1])
     run_step = decode_step
     first = 1
-    if prompts.is_cuda and T > 3:
+    if prompts.is_cuda and T > 3 and not any(static.is_sliding):  # sliding windows count in Python
         # A CUDA graph records the step once and replays it, as launching its many small kernels takes longer
         # than running them. Hence the fixed shapes, and tensors that are changed in place.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # two real steps first, in which libraries allocate their workspaces
+        with torch.cuda.stream(stream):  # two real steps first: libraries allocate
             decode_step()
             decode_step()
         torch.cuda.current_stream().wait_stream(stream)

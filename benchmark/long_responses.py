@@ -37,7 +37,6 @@ VARIANTS = {  # name: (patches, flags)
     "PPO": ((), ""),
     "lambda 0.95": ((), "--lam 0.95"),
     "shared backbone": ((), "--no-separate_critic"),
-    "shared backbone, lambda 0.95": ((), "--no-separate_critic --lam 0.95"),
     "no value head": (("forks/no_value_head",), ""),
 }
 
