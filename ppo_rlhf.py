@@ -72,7 +72,7 @@ class Args:
     length_penalty: float = 0.0  # subtracted from the score per response token
     adaptive_kl_target: float = 0.0  # if positive, beta follows the KL to this many nats per response
     gamma: float = 1.0  # discount per token; 1 as a response is judged as one
-    lam: float = 1.0  # GAE's lambda: 0 trusts the values, 1 only returns; 0.95 is biased on long responses
+    lam: float = 1.0  # GAE's lambda: 0 trusts the values, 1 the returns; 0.95 learns less from long responses
     # ---- update ----
     learning_rate: float = 0.0  # peak, policy and critic; 0 chooses 1.5e-4 for policies below 10M, else 3e-6
     value_learning_rate: float = 1e-3  # of the value head alone, which starts at zero and must catch up
