@@ -63,10 +63,10 @@ METHODS = [*OURS, "TRL PPO", *TRL, "best-of-n"]
 CHOSEN = {
     "PPO": (1.5e-4, 0.1),
     "RLOO": (1.5e-4, 0.1),
-    "GRPO": (1.5e-4, 0.2),
+    "GRPO": (1.5e-4, 0.1),
     "TRL PPO": (1.5e-4, 0.1),
     "TRL RLOO": (1.5e-4, 0.1),
-    "TRL GRPO": (1.5e-4, 0.2),
+    "TRL GRPO": (1.5e-4, 0.1),
     "TRL DPO": (1.5e-4, 0.2),
 }
 RATES = [1.5e-4, 4e-4]
