@@ -47,11 +47,11 @@ def test_beta_leads_to_the_optimum_that_theory_names(tmp_path, monkeypatch):
     of the first rollout's deviation, so that a byte is a letter with probability q. A beta that is off by a
     factor."""
     beta = 0.35
-    letters, kl, std = train(tmp_path, monkeypatch, beta=beta)
+    letters, kl, std = train(tmp_path, monkeypatch, beta=beta, learning_rate=3e-3)
     odds = SHARE / (1 - SHARE) * math.exp(1 / (beta * std))
     q = odds / (1 + odds)
-    assert letters == pytest.approx(T * q, rel=0.2)  # at twice the beta 2.9, at half of it 7.8
+    assert letters == pytest.approx(T * q, rel=0.1)  # at twice the beta 2.9, at half of it 7.8
     expected = T * (q * math.log(q / SHARE) + (1 - q) * math.log((1 - q) / (1 - SHARE)))
-    assert kl == pytest.approx(expected, rel=0.25)
+    assert kl == pytest.approx(expected, rel=0.2)
     (answer,) = read_jsonl(tmp_path / "ppo/eval.jsonl")
     assert answer["ppo_score"] > answer["sft_score"]
