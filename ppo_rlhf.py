@@ -573,12 +573,12 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id)
     sample_next(output.last_hidden_state[:, -1])
     run_step = decode_step
     first = 1
-    if prompts.is_cuda and T > 3 and not any(static.is_sliding):  # sliding windows count in Python
-        # A CUDA graph records the step once and replays it, as launching its many small kernels takes longer
-        # than running them. Hence the fixed shapes, and tensors that are changed in place.
+    if prompts.is_cuda and T > 3 and not any(static.is_sliding):
+        # A CUDA graph records the step once and replays it: launching its many small kernels takes longer
+        # than running them. Hence fixed shapes, changes in place, no sliding windows (counted in Python).
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # two real steps first: libraries allocate
+        with torch.cuda.stream(stream):  # two real steps first: libraries set up
             decode_step()
             decode_step()
         torch.cuda.current_stream().wait_stream(stream)

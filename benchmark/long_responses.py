@@ -19,9 +19,10 @@ import re
 
 import common
 from common import DATA, gold_judge, mean, read_jsonl, write_jsonl
+from world import SHARPNESS  # of the labels
 
 PARTS = 4
-SHARPNESS = 2.0  # of the labels, as in data/world.py
+BETA = 0.05
 FOLDER = common.WORLD / "runs/long_responses"
 ROWS = {  # data set: rows of its train and test split
     "demonstrations": (2400, 200),
@@ -31,7 +32,7 @@ ROWS = {  # data set: rows of its train and test split
 FLAGS = {
     "sft": "--num_train_epochs 4 --max_new_tokens 256",
     "reward_model": "--num_train_epochs 1",
-    "ppo": "--beta 0.05 --max_new_tokens 256 --max_prompt_length 128",
+    "ppo": f"--beta {BETA} --max_new_tokens 256 --max_prompt_length 128",
 }
 VARIANTS = {  # name: (patches, flags)
     "PPO": ((), ""),
@@ -108,17 +109,25 @@ def judged(folder):
 
 
 def print_table(rows):
-    first = {row["seed"]: row["score"] for row in rows if row["variant"] == next(iter(VARIANTS))}
+    """Differences are to the first variant at the same seed."""
+    first = {row["seed"]: row for row in rows if row["variant"] == rows[0]["variant"]}
+    penalized = lambda row: row["score"] - BETA * row["kl"]
     table = []
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
-        cells = [name, len(own), common.spread(row["gold"] for row in own)]
-        cells.append(common.interval([row["score"] - first[row["seed"]] for row in own]))
-        keys = {"win_rate": ".0%", "score": ".2f", "kl": ".1f", "length": ".0f", "seconds": ".0f"}
-        cells += [f"{mean(row[key] for row in own):{form}}" for key, form in keys.items()]
+        cells = [name, len(own)]
+        for figure in (lambda row: row["score"], penalized):
+            cells.append(f"{mean(map(figure, own)):.2f}")
+            cells.append(common.interval([figure(row) - figure(first[row["seed"]]) for row in own]))
+        cells += [f"{mean(row['kl'] for row in own):.1f}", common.spread(row["gold"] for row in own)]
+        explained = [row["explained_variance"] for row in own if row["explained_variance"] is not None]
+        cells += [f"{mean(row['win_rate'] for row in own):.0%}", f"{mean(row['length'] for row in own):.0f}"]
+        cells.append(f"{mean(explained):.2f}" if explained else "")
+        cells.append(f"{mean(row['seconds'] for row in own):.0f}")
         table.append(cells)
-    titles = ["variant", "seeds", "gold score", "RM score, difference, 95% interval", "gold win rate"]
-    common.print_table([*titles, "RM score", "KL, nats", "tokens", "s a run"], table)
+    titles = ["variant", "seeds", "RM score", "difference", "score - beta * KL", "difference", "KL, nats"]
+    titles += ["gold score", "gold win rate", "tokens", "variance explained", "s"]
+    common.print_table(titles, table)
     print(f"\ngold score of the SFT models {common.spread({row['gold_sft'] for row in rows})}")
 
 
@@ -141,7 +150,7 @@ def main():
         for name in args.variants:
             patches, flags = VARIANTS[name]
             base = FOLDER / f"seed{seed}"
-            folder = base / name.replace(", ", "_").replace(" ", "_")
+            folder = base / name.replace(" ", "_")
             script = common.make_copy(FOLDER / "scripts" / folder.name, patches)
             words = f"{FLAGS['ppo']} {flags}".split()
             data = FOLDER / "data/prompts"
