@@ -1,11 +1,11 @@
 """How much KL penalty: PPO at seven betas and best-of-n against the same reward model, judged on the way.
 
     python benchmark/beta_sweep.py --seeds 1 2 3            # about an hour of CPU time
-    python benchmark/beta_sweep.py --draw_only              # table, fits and pictures from the rows, seconds
+    python benchmark/beta_sweep.py --draw_only              # table, fits and picture from the rows, seconds
 
 A beta is a number, or BETA:EPISODES where a run is longer, as over-optimization takes its time. The runs, a
 checkpoint kept every 3 updates, and the judged rows stay in --base_dir/beta_sweep/seed1/beta_0.1 and so on.
-Writes beta_sweep.jsonl (rows and fits), beta_sweep.png and beta_sweep_updates.png.
+Writes beta_sweep.jsonl (rows and fits) and beta_sweep.png (the longest run without a penalty, every seed).
 
 Each checkpoint responds to the held-out prompts --samples times. Update 0 is the SFT model. Best-of-n:
 --best_of N responses of the SFT model to each prompt; for every n the unbiased estimate of the expected best
@@ -38,17 +38,8 @@ from tqdm import tqdm
 import ppo_rlhf
 
 SAVE_STEPS = 3
-MARKERS = "os^vDPX<>*"
-LABELS = {
-    "gold": f"gold score (at most {common.gold_judge.BEST:g})",
-    "score": "RM score (SDs of SFT's)",
-    "kl": "KL (nats a response)",
-}
-FAMILIES = {  # how the fit of each is drawn
-    "PPO, beta 0": {"color": "#D55E00", "linestyle": "--"},  # an orange that is not in viridis
-    "PPO, all betas": {"color": "#D55E00", "linestyle": ":"},
-    "best-of-n": {"color": "black", "linestyle": "--"},
-}
+FAMILIES = ("PPO, beta 0", "PPO, all betas", "best-of-n")  # what is fitted
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"  # Okabe and Ito's colours
 
 
 def judge_run(run, base, texts, samples):
@@ -105,8 +96,7 @@ def fit(family, paths):
     residuals = gain - design @ solution  # [points]
     r2 = 1 - residuals.square().sum() / (gain - gain.mean()).square().sum()
     found = {"a": solution[0].item(), "b": solution[1].item(), "r2": r2.item(), "points": len(gain)}
-    start = mean(path[0]["gold"] for path in paths)
-    return {"kind": "fit", "family": family, **found, "d_max": d.max().item(), "gold_0": start}
+    return {"kind": "fit", "family": family, **found}
 
 
 def over_seeds(paths):
@@ -128,7 +118,7 @@ def print_tables(runs, best, fits):
         last = over_seeds(paths)[-1]
         top = peak(over_seeds(paths))
         golds = common.spread(path[-1]["gold"] for path in paths)
-        wins = common.interval([100 * path[-1]["win_rate"] for path in paths], ".0f")
+        wins = common.spread((100 * path[-1]["win_rate"] for path in paths), ".0f")
         figures = [f"{last['kl']:.1f}", f"{last['length']:.0f}", f"{top['gold']:.2f}", f"{top['kl']:.1f}"]
         figures.append(f"{top['episodes']:.0f}")
         table.append([label(beta), f"{last['score']:.2f}", golds, wins, *figures])
@@ -140,69 +130,30 @@ def print_tables(runs, best, fits):
     common.print_table(["fit", "a", "b", "R2", "points"], table)
 
 
-def draw_paths(axis, runs, key, x):
-    """One colour and marker a beta: thin lines are seeds, thick ones their mean."""
-    for i, (beta, paths) in enumerate(runs.items()):
-        # dark to light with rising beta, without viridis's yellow, which is too pale for a line on white
-        colour = plt.cm.viridis(0.88 * i / max(1, len(runs) - 1))
-        for path in paths:
-            axis.plot(list(map(x, path)), [row[key] for row in path], color=colour, linewidth=0.5, alpha=0.55)
-        path = over_seeds(paths)
-        style = {"color": colour, "marker": MARKERS[i], "markersize": 4.5, "linewidth": 1.6}
-        every = max(1, len(path) // 5)
-        points = list(map(x, path)), [row[key] for row in path]
-        axis.plot(*points, markevery=every, label=f"beta {label(beta)}", **style)
-    axis.set_ylabel(LABELS[key])
+def draw(paths, path):
+    """Gold score and reward model's score against episodes, a line style a seed."""
+    plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    names = {"score": "reward model's score (SDs of the SFT model's)", "gold": "gold score (at most {:g})"}
+    for (key, name), colour in zip(names.items(), (ORANGE, BLUE)):
+        for i, rows in enumerate(paths):
+            line = [row["episodes"] for row in rows], [row[key] for row in rows]
+            label = None if i else name.format(common.gold_judge.BEST)
+            axis.plot(*line, ("-", "--", ":", "-.")[i % 4], color=colour, linewidth=1.6, label=label)
+    default = ppo_rlhf.Args.total_episodes
+    axis.axvline(default, color=GREY, linestyle="--", linewidth=1, label=f"default budget, {default:,}")
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_xlabel("episodes, without a KL penalty; a line style a seed")
+    axis.set_ylabel("score")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.grid(alpha=0.25, linewidth=0.6)
-
-
-def save_figure(figure, axis, columns, path):
-    title = {"title": "thick: mean over seeds; thin: each seed", "alignment": "left", "frameon": False}
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=columns, **title)
+    axis.legend(loc="lower left", frameon=False)
     figure.savefig(path, dpi=105)
     plt.close(figure)
 
 
-def draw_over_kl(runs, best, fits, path):
-    """Above over the square root of KL, below over KL on a log axis, gold score from the SFT model's
-    upwards."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), layout="constrained")
-    tops = [peak(over_seeds(paths)) for paths in runs.values()]
-    best = over_seeds(best)
-    black = {"color": "black", "linewidth": 1.6, "marker": "|", "markersize": 8, "label": "best-of-n"}
-    star = {"color": "white", "markeredgecolor": "black", "linestyle": "", "marker": "*", "markersize": 10}
-    for axis, key, over in zip(axes.flat, ("gold", "score") * 2, (root, root, float, float)):
-        draw_paths(axis, runs, key, lambda row: over(row["kl"]))  # noqa: B023
-        axis.plot([over(row["kl"]) for row in best], [row[key] for row in best], **black)
-        points = [over(row["kl"]) for row in tops], [row[key] for row in tops]
-        axis.plot(*points, zorder=5, label="highest gold of a beta", **star)
-        for row in fits if key == "gold" else []:
-            d = torch.linspace(0, row["d_max"], 1000, dtype=torch.float64)  # [1000]
-            solution = torch.tensor([row["a"], row["b"]], dtype=torch.float64)  # [2]
-            curve = row["gold_0"] + features(row["family"], d) @ solution  # [1000]
-            style = {**FAMILIES[row["family"]], "linewidth": 1.4, "label": f"fit: {row['family']}"}
-            axis.plot(d if over is root else d * d, curve, **style)
-        axis.set_xlabel("square root of KL (nats a response)" if over is root else LABELS["kl"])
-    for axis in axes[1]:
-        axis.set_xscale("log", nonpositive="mask")
-        axis.set_xlim(left=0.05)
-        axis.xaxis.set_major_formatter("{x:g}")
-    axes[1, 0].set_ylim(best[0]["gold"] - 0.3, peak(tops)["gold"] + 0.4)
-    save_figure(figure, axes[0, 0], 5, path)
-
-
-def draw_over_episodes(runs, path):
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
-    for axis, key in zip(axes, ("gold", "score", "kl")):
-        draw_paths(axis, runs, key, lambda row: row["episodes"])
-        axis.set_xlabel("episodes")
-    axes[2].set_yscale("log", nonpositive="mask")  # update 0 has none
-    axes[2].yaxis.set_major_formatter("{x:g}")
-    save_figure(figure, axes[0], 7, path)
-
-
 def report(rows, output):
-    """Tables, fits and pictures from the rows -> the rows of the fits."""
+    """Tables, fits and picture from the rows -> the rows of the fits."""
     betas = sorted({row["beta"] for row in rows if row["kind"] == "ppo"}, key=lambda x: (coefficient(x), x))
     seeds = sorted({row["seed"] for row in rows})
     own = lambda beta, seed: [row for row in rows if (row.get("beta"), row["seed"]) == (beta, seed)]
@@ -212,9 +163,9 @@ def report(rows, output):
     families = zip(FAMILIES, (free, [*chain(*runs.values())], best))
     fits = [fit(family, paths) for family, paths in families if sum(len(path) - 1 for path in paths) > 2]
     print_tables(runs, best, fits)
-    plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
-    draw_over_kl(runs, best, fits, output / "beta_sweep.png")
-    draw_over_episodes(runs, output / "beta_sweep_updates.png")
+    if free:
+        longest = max(path[-1]["episodes"] for path in free)
+        draw([path for path in free if path[-1]["episodes"] == longest], output / "beta_sweep.png")
     return fits
 
 
@@ -248,7 +199,7 @@ def main():
     parser = common.parser(__doc__)
     add = parser.add_argument
     betas = ["0:10240", "0", "0.01", "0.05", "0.1", "0.2", "0.5", "1.0"]
-    add("--betas", nargs="+", default=betas, help="at most ten, each BETA or BETA:EPISODES")
+    add("--betas", nargs="+", default=betas, help="each BETA or BETA:EPISODES")
     add("--total_episodes", type=int, default=ppo_rlhf.Args.total_episodes, help="of each PPO run")
     add("--samples", type=int, default=2, help="responses of each checkpoint to each held-out prompt")
     add("--best_of", type=int, default=64, help="responses of the SFT model to each held-out prompt")
