@@ -1,6 +1,7 @@
 """What PPO sees in one response, token by token: rewards, values, advantages, ratio after one update.
 
     python benchmark/anatomy.py [--prompt "How do I paint a wall?"]     # after sft.py and reward_model.py
+    python benchmark/anatomy.py --draw_only                             # pictures from anatomy.jsonl
 
 ppo_rlhf.main runs with its own flags, all of which may be given, and is stopped after --updates of its
 updates. Some of its functions are wrapped to note what goes in and out, so the figures show what the script
@@ -122,19 +123,19 @@ def draw(rows, title, price, path):
     a.bar(x[-1:], [score], width=0.4, color=BLUE, label=f"score, {score:+.2f}, on the last token")
     reach = 1.3 * max(1e-3, *map(abs, kl))
     a.set_ylim(-reach, reach)  # of most scores the bar is cut, or the KL could not be seen
-    label(a, "(a) rewards", "score units")
+    label(a, "(a) rewards, in SDs of the SFT model's scores", "reward")
     b.plot(x, get("return"), color=BLUE, marker="o", markersize=3, label="return")
     b.plot(x, get("value"), color=ORANGE, marker="s", markersize=3, label="value")
-    label(b, "(b) values against returns", "score units")
+    label(b, "(b) return: sum of the rewards from here on; value: what the critic expected", "reward")
     for name, colour, sign in (("advantage above 0", BLUE, 1), ("below 0", ORANGE, -1)):
         own = [i for i in x if rows[i]["advantage"] * sign > 0]
         c.bar(own, [rows[i]["advantage"] for i in own], color=colour, label=name)
         d.vlines(own, 1, [rows[i]["ratio"] for i in own], color=colour, linewidth=1.5)
         d.scatter(own, [rows[i]["ratio"] for i in own], color=colour, s=16, zorder=3, label=name)
-    label(c, "(c) advantages, whitened over the batch", "standard deviations")
+    label(c, "(c) advantage: return - value, whitened over the batch", "SDs of the batch")
     for bound, name in ((1 - first["cliprange"], None), (1 + first["cliprange"], "clip bounds")):
         d.axhline(bound, color=GREY, linestyle="--", linewidth=1, label=name)
-    label(d, f"(d) ratio after the update's {first['epochs']} epochs", "new / old probability")
+    label(d, f"(d) ratio: new / old probability, after {first['epochs']} epochs", "ratio")
     d.set_xticks(x, get("token"), rotation=90, fontsize=9, parse_math=False)
     d.set_xlim(-0.8, len(rows) - 0.2)
     d.set_xlabel("tokens of the response")
@@ -152,18 +153,24 @@ def main():
     parser.add_argument("--prompt", default="Please tell me how an eclipse works.")
     parser.add_argument("--updates", type=int, default=12, help="to make; default: half of a default run")
     parser.add_argument("--figures_dir", type=Path, default=common.RESULTS)
+    parser.add_argument(
+        "--draw_only", action="store_true", help="run nothing: draw the rows in anatomy.jsonl"
+    )
     own, others = parser.parse_known_args()
     args = tyro.cli(ppo_rlhf.Args, args=others)
     if not 1 <= own.updates <= args.total_episodes // args.batch_size:
         parser.error(f"--updates {own.updates}: a run has {args.total_episodes // args.batch_size} updates")
     own.figures_dir.mkdir(parents=True, exist_ok=True)
+    table = own.figures_dir / "anatomy.jsonl"
+    drawn = common.read_jsonl(table) if own.draw_only else []
     lines = []
     for name, (title, changes) in RUNS.items():
-        rows = watch(replace(args, **changes), own.prompt, own.updates)
+        rows = [row for row in drawn if row["figure"] == name]
+        rows = rows or watch(replace(args, **changes), own.prompt, own.updates)
         draw(rows, title, args.beta, own.figures_dir / f"{name}.png")
         print(f"{own.figures_dir / name}.png: {' '.join(row['token'] for row in rows)}", flush=True)
         lines += [json.dumps({"figure": name, **row}, ensure_ascii=False) + "\n" for row in rows]
-    (own.figures_dir / "anatomy.jsonl").write_text("".join(lines), encoding="utf-8")
+    table.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
