@@ -1,17 +1,26 @@
 """Stage 3 of RLHF: PPO. The SFT model learns to write what scores highly: python ppo_rlhf.py --beta 0.1
 
-Each update: (1) the policy samples responses to a batch of prompts, (2) the reward model scores them, policy
-and frozen reference (the SFT model) give log-probs, a critic values, (3) rewards become advantages, (4) a few
-epochs of clipped policy-gradient steps maximize score(prompt, response) - beta * KL(policy || reference).
-Without a KL penalty the policy exploits the reward model's errors (Gao et al. 2022) and forgets how to write.
+Four networks take part:
+
+    policy        starts as the SFT model, trained: samples the responses
+    reference     the SFT model, frozen: the KL penalty keeps the policy near it
+    reward model  from stage 2, frozen: gives each response one score
+    critic        starts as the reward model with a new value head, trained: gives each token a value, the
+                  return expected from there on. With --no-separate_critic, or without a reward model, the
+                  value head sits on the policy instead.
+
+Each update: (1) the policy samples responses to a batch of prompts, (2) the four networks score them, (3) the
+scores become advantages, (4) a few epochs of clipped policy-gradient steps. Together they maximize
+score(prompt, response) - beta * KL(policy || reference); without the KL penalty the policy learns to exploit
+the reward model's errors (Gao et al. 2022).
 
 How the tensors line up. A row holds a prompt and its response; B rows, P prompt slots, T response slots:
 
     rollout   [ pad pad q1 q2 q3 | r1 r2 r3 EOS pad ]  left-padded: every row samples into the same slot
     training  [ q1 q2 q3 r1 r2 r3 EOS pad pad pad   ]  rolled left: causal attention needs no mask at all
                       |  |  |  |
-    predicts          r1 r2 r3 EOS                     the position before a token predicts it: its logits
-    value             V1 V2 V3 V4                      give the log-prob, the critic's state the value
+    predicts          r1 r2 r3 EOS                     the position before a token predicts it
+    value             V1 V2 V3 V4                      read at the same position, from the critic
 
     [B, T]            r1 r2 r3 EOS pad
     mask              1  1  1  1   0                   every sampled token, EOS too; from lengths, not ids
@@ -23,38 +32,38 @@ Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-pr
 """
 
 import copy
+import functools
 import inspect
 import json
+import math
 import os
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
 import tyro
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    StaticCache,
-)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 
 
 @dataclass
 class Args:
     # ---- input and output ----
     sft_model_path: str = "runs/sft"  # policy at the start and frozen reference: a folder or a Hub name
-    reward_model_path: str = "runs/reward_model"  # one label, same tokenizer; empty for a rule in reward_fn
+    reward_model_path: str = "runs/reward_model"  # a classifier with one label; empty for a rule in reward_fn
     dataset_name: str = "data/prompts"  # folder with train.jsonl and test.jsonl, or a Hub name
     dataset_train_split: str = "train"  # prompts to train on
     dataset_test_split: str = "test"  # held-out prompts
@@ -63,27 +72,31 @@ class Args:
     # ---- rollout ----
     total_episodes: int = 3072  # responses sampled over the run; updates = total_episodes / batch_size
     batch_size: int = 128  # episodes per update
+    num_generations: int = 1  # responses to each prompt of a batch; group methods such as RLOO take 4 or more
     rollout_batch_size: int = 128  # episodes sampled at a time; fewer need less memory for keys and values
     max_new_tokens: int = 64  # longest response in tokens; good ones of the shipped task take about 50
     temperature: float = 0.7  # of the sampler and of every log-prob (Ziegler et al. 2019)
+    cuda_graph: bool = True  # on CUDA, record one decode step and replay it; off for a model that cannot
     # ---- rewards and advantages ----
     beta: float = 0.1  # KL penalty coefficient; 0 invites reward hacking, 0.02 to 0.2 is usual
     missing_eos_penalty: float = 1.0  # subtracted from the score of a response cut off at max_new_tokens
     length_penalty: float = 0.0  # subtracted from the score per response token
     adaptive_kl_target: float = 0.0  # if positive, beta follows the KL to this many nats per response
     gamma: float = 1.0  # discount per token; 1 as a response is judged as one
-    lam: float = 1.0  # GAE's lambda: 0 trusts the values, 1 the returns; 0.95 learns less from long responses
+    lam: float = 1.0  # GAE's lambda: 0 trusts the values, 1 the returns; 0.95 is usual, and learned less here
     # ---- update ----
     learning_rate: float = 0.0  # peak, policy and critic; 0 chooses 1.5e-4 for policies below 10M, else 3e-6
     value_learning_rate: float = 1e-3  # of the value head alone, which starts at zero and must catch up
     warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
     num_mini_batches: int = 8  # optimizer steps per pass
-    per_device_train_batch_size: int = 16  # episodes per forward pass; the gradient changes by rounding alone
-    cliprange: float = 0.2  # a probability ratio gains nothing outside 1 - cliprange ... 1 + cliprange
-    cliprange_value: float = 0.2  # the same for values: how far each may move from the rollout's
-    vf_coef: float = 0.1  # weight of the value loss; small, as policy and values may share a backbone
-    separate_critic: bool = True  # values from a trained copy of the reward model, if any; else the policy's
+    per_device_train_batch_size: int = (
+        16  # episodes per forward pass: memory only, same gradient up to rounding
+    )
+    cliprange: float = 0.2  # the ratio of new to old probability is clipped to 1 +- cliprange
+    cliprange_value: float = 0.2  # how far a value may move from the rollout's in one update
+    vf_coef: float = 0.1  # weight of the value loss; matters if policy and values share a backbone
+    separate_critic: bool = True  # values from a copy of the reward model; else a value head on the policy
     entropy_coef: float = 0.0  # weight of an entropy bonus, against mode collapse
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
@@ -109,19 +122,20 @@ def masked_var(x, mask):
 
 def whiten(x, mask):
     """x with mean 0 and standard deviation 1 over the real tokens, 0 on padding: [B, T] -> [B, T].
-    Were padding counted, the deviation would shrink with its share, and the advantages grow by as much."""
+    Padding is left out: its zeros would shrink the standard deviation and inflate the advantages."""
     return (x - masked_mean(x, mask)) * torch.rsqrt(masked_var(x, mask) + 1e-8) * mask
-
-
-def gather_logprobs(all_logprobs, labels):
-    """Log-prob of each label, from those of the vocabulary: [B, T, V], [B, T] -> [B, T]."""
-    return all_logprobs.gather(-1, labels[..., None]).squeeze(-1)
 
 
 def penalized_rewards(scores, kl, mask, beta):
     """Reward of each token: -beta * KL, plus the score on the last real one: [B], [B, T], [B, T] -> [B, T].
-    kl is log pi - log pi_ref of the sampled token, 0 on padding (the k1 estimate): unbiased, and summed over
-    tokens it makes the return score - beta * KL. One slot later, most scores would fall on padding."""
+    kl is log pi - log pi_ref of the sampled token, 0 on padding. One token's may be negative; its expectation
+    is the KL divergence, and summed over tokens it makes the return score - beta * KL. Off by one, the score
+    would land on padding and teach nothing. Example, a response of four tokens with score 1 and beta 0.5:
+
+        mask        1     1     1     1     0
+        kl          0.2   0.4   0.0   0.2   0.0
+        rewards    -0.1  -0.2   0.0   0.9   0.0
+    """
     last = mask.sum(1).long() - 1  # [B]
     return (-beta * kl).scatter_add(1, last[:, None], scores[:, None])
 
@@ -129,7 +143,15 @@ def penalized_rewards(scores, kl, mask, beta):
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2015, eq. 16) -> advantages [B, T], returns [B, T].
     delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, from the last token back.
-    V and A after the last real token are 0: the episode is over; a pad's value would leak into them all."""
+    Returns, A_t + V_t, are what the values should have been. V and A after the last real token are 0, as the
+    episode is over: a value read on padding would leak into every advantage before it. With the rewards
+    above, gamma 1 and lam 0.5:
+
+        values      0.2   0.4   0.5   0.5   9.0    the last is padding's
+        delta       0.1  -0.1   0.0   0.4
+        advantages  0.1   0.0   0.2   0.4   0.0
+        returns     0.3   0.4   0.7   0.9   0.0
+    """
     values = values * mask  # [B, T]
     advantages = torch.zeros_like(values)  # [B, T]
     next_value = torch.zeros_like(values[:, 0])  # [B]
@@ -151,45 +173,50 @@ def roll_left(prompts, responses, starts):
     return joined.gather(1, slots % joined.shape[1])
 
 
-def sample(model, tokenizer, rows, args, end_ids):
-    """Sample a response to the prompt of each data row -> a namespace of tensors, laid out for training."""
-    prompts = {"input_ids": [row["prompt_ids"] for row in rows]}
-    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
-    uniforms = torch.rand(args.max_new_tokens, len(rows), device=model.device)  # [T, B]
+def sample(model, tokenizer, prompts, args, end_ids):
+    """Sample a response to each prompt of `load_prompts` -> a namespace of tensors, laid out for training."""
+    padded = {"input_ids": [prompt.ids for prompt in prompts]}
+    padded = tokenizer.pad(padded, padding_side="left", return_tensors="pt").to(model.device)
+    uniforms = torch.rand(args.max_new_tokens, len(prompts), device=model.device)  # [T, B]
     if model.device.type == "cuda":
         model = bf16_copy(model)
     ends = torch.tensor(end_ids, device=model.device)  # [E]
     parts = []
-    for indices in torch.arange(len(rows)).split(args.rollout_batch_size):
-        ids = prompts.input_ids[indices]
-        mask = prompts.attention_mask[indices]
-        u = uniforms[:, indices]
-        parts.append(rollout(model, ids, mask, u, args.temperature, ends, tokenizer.pad_token_id))
+    for rows in torch.arange(len(prompts)).split(args.rollout_batch_size):
+        ids = padded.input_ids[rows]
+        mask = padded.attention_mask[rows]
+        u = uniforms[:, rows]
+        settings = (args.temperature, ends, tokenizer.pad_token_id, args.cuda_graph)
+        parts.append(rollout(model, ids, mask, u, *settings))
     responses, response_lengths, ended, logprobs = map(torch.cat, zip(*parts))
-    starts = prompts.attention_mask.sum(1)
+    starts = padded.attention_mask.sum(1)  # [B] prompt lengths: where responses start once rolled left
+    lengths = starts + response_lengths  # [B]
     slots = torch.arange(args.max_new_tokens, device=model.device)  # [T]
     return SimpleNamespace(
-        sequences=roll_left(prompts.input_ids, responses, starts),  # [B, P+T]
+        sequences=roll_left(padded.input_ids, responses, starts),  # [B, P+T]
         starts=starts,  # [B]
-        lengths=starts + response_lengths,  # [B]
+        lengths=lengths,  # [B] of prompt and response
         responses=responses,  # [B, T]
         response_lengths=response_lengths,  # [B]
         mask=(slots < response_lengths[:, None]).float(),  # [B, T]
         ended=ended,  # [B]
         logprobs=logprobs,  # [B, T] as the sampler computed them
+        cpu_lengths=lengths.cpu(),  # [B] both once more: slicing by a number on the GPU would wait for it
+        cpu_response_lengths=response_lengths.cpu(),  # [B]
     )
 
 
-def micro_batches(batch, indices, size):
-    """Rows `indices` of a batch, `size` at a time and sorted by length, so that little padding is left.
-    Yields indices [b], ids [b, L], response starts [b], labels [b, T], and T, the longest response."""
-    order = batch.lengths[indices].argsort(stable=True).cpu()
-    for idx in indices[order].split(size):
-        L = batch.lengths[idx].max()
-        T = batch.response_lengths[idx].max()
-        ids = batch.sequences[idx, :L]
-        labels = batch.responses[idx, :T]
-        yield idx, ids, batch.starts[idx], labels, T
+def micro_batches(batch, rows, size):
+    """Rows `rows` of a batch, `size` at a time and sorted by length, so that little padding is left.
+    Yields mb, which picks these rows and their t slots from a [B, T] tensor; ids [b, L]; response starts [b];
+    labels [b, t], the responses. L and t are the lengths of the longest row and response."""
+    order = batch.cpu_lengths[rows].argsort(stable=True)
+    for mb_rows in rows[order].split(size):
+        L = batch.cpu_lengths[mb_rows].max()
+        t = batch.cpu_response_lengths[mb_rows].max()
+        mb_rows = mb_rows.to(batch.lengths.device)
+        mb = (mb_rows, slice(t))
+        yield mb, batch.sequences[mb_rows, :L], batch.starts[mb_rows], batch.responses[mb]
 
 
 def hidden_states(model, ids):  # [shared]
@@ -207,18 +234,21 @@ def response_states(model, ids, starts, T):
 
 
 def forward(model, ids, starts, labels, temperature, entropy_coef=0.0, critic=None):
-    """Log-probs and entropies of response tokens, [b, T] each, and hidden states [b, T, d] for the values.
+    """Log-probs and entropies of response tokens, [b, T] each, and the states [b, T, d] that the value head
+    reads: the critic's, or without one the model's own. Old, new and reference log-probs all come from here.
     No logits of whole sequences: [b, L, V] would be the largest tensor of the run. The temperature is in all
-    log-probs: what is sampled is what is scored. Old, new and reference log-probs all come from here."""
+    log-probs: what is sampled is what is scored."""
     T = labels.shape[1]
-    hidden = response_states(model, ids, starts, T)  # [b, T, d]
+    value_states = hidden = response_states(model, ids, starts, T)  # [b, T, d]
     logits = model.get_output_embeddings()(hidden) / temperature  # [b, T, V]
     all_logprobs = logits.log_softmax(-1)  # [b, T, V]
-    logprobs = all_logprobs if entropy_coef else all_logprobs.detach()  # no bonus: no gradient, less memory
-    entropy = -(logprobs.exp() * logprobs).sum(-1)  # [b, T]
+    detached = (
+        all_logprobs if entropy_coef else all_logprobs.detach()
+    )  # only logged: no gradient, less memory
+    entropy = -(detached.exp() * detached).sum(-1)  # [b, T]
     if critic is not None:
-        hidden = response_states(critic, ids, starts, T)  # [b, T, d]
-    return gather_logprobs(all_logprobs, labels), entropy, hidden
+        value_states = response_states(critic, ids, starts, T)  # [b, T, d]
+    return all_logprobs.gather(-1, labels[..., None]).squeeze(-1), entropy, value_states
 
 
 def reward_fn(reward_model, tokenizer, sequences, starts, lengths, rows):
@@ -239,57 +269,44 @@ def reward_fn(reward_model, tokenizer, sequences, starts, lengths, rows):
 
 
 @torch.no_grad()
-def score(reward_model, tokenizer, batch, rows, size):
+def score(reward_model, tokenizer, batch, prompts, size):
     """`reward_fn`, `size` responses at a time -> scores [B]."""
-    scores = torch.zeros(len(rows), device=batch.lengths.device)  # [B]
-    for idx, ids, starts, _, _ in micro_batches(batch, torch.arange(len(rows)), size):
-        mb_rows = [rows[i] for i in idx]
-        mb_scores = reward_fn(reward_model, tokenizer, ids, starts, batch.lengths[idx], mb_rows)  # [b]
-        scores[idx] = mb_scores.to(scores)
+    scores = torch.zeros(len(prompts), device=batch.lengths.device)  # [B]
+    for (mb_rows, _), ids, starts, _ in micro_batches(batch, torch.arange(len(prompts)), size):
+        data_rows = [prompts[i].row for i in mb_rows.tolist()]
+        mb_scores = reward_fn(reward_model, tokenizer, ids, starts, batch.lengths[mb_rows], data_rows)
+        mb_scores = torch.as_tensor(mb_scores, dtype=torch.float32, device=scores.device)  # [b]
+        if mb_scores.shape != mb_rows.shape:  # one number would be spread over all, and teach nothing
+            shapes = f"[{len(ids)}], not {list(mb_scores.shape)}"
+            fail(f"reward_fn must return one number per response: {shapes}")
+        scores[mb_rows] = mb_scores
     return scores
 
 
 def main(args):
-    if args.temperature <= 0 or args.beta < 0 or (args.adaptive_kl_target and not args.beta):
-        fail("--temperature must be above 0, --beta at least 0, and above with --adaptive_kl_target")
-    if args.batch_size % args.num_mini_batches or args.total_episodes % args.batch_size:
-        fail("--total_episodes must be a multiple of --batch_size, and that of --num_mini_batches")
-    changeable = ("gradient_checkpointing", "per_device_train_batch_size", "rollout_batch_size")
+    check_flags(args)
+    changeable = ("gradient_checkpointing", "per_device_train_batch_size", "rollout_batch_size", "cuda_graph")
     state = load_checkpoint(args, (args.sft_model_path, args.reward_model_path), changeable)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     B = args.batch_size
     T = args.max_new_tokens
-    size = args.per_device_train_batch_size
+    micro_batch_size = args.per_device_train_batch_size
     temperature = args.temperature
+
     # ---- models and prompts ----
-    policy, tokenizer = load_pretrained(AutoModelForCausalLM, args.sft_model_path)
+    policy, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, args.sft_model_path)
     end_ids = find_end_ids(policy, tokenizer)
+    train = load_prompts(tokenizer, args, args.dataset_train_split)
+    test = load_prompts(tokenizer, args, args.dataset_test_split)
+    check_model(policy, tokenizer, [prompt.ids for prompt in train + test], T)
+    if not can_be_sampled(policy):
+        fail(f"model family {policy.config.model_type} keeps no keys and values that the sampler could use")
     reward_model = None
-    reward_tokenizer = tokenizer
     if args.reward_model_path:
-        auto_class = AutoModelForSequenceClassification
-        reward_model, reward_tokenizer = load_pretrained(auto_class, args.reward_model_path)
-        reward_model.to(device)
-    data = []
-    for split in (args.dataset_train_split, args.dataset_test_split):
-        rows = load_rows(args.dataset_name, split)
-        for row in rows:
-            prompt = read_chat(row, "prompt")
-            if "prompt" not in row and prompt[-1]["role"] == "assistant":
-                prompt = prompt[:-1]
-            if not prompt or prompt[-1]["role"] not in ("user", "tool"):
-                fail(f"{row['where']}: the prompt must end with a user or tool message")
-            row.setdefault("prompt", prompt)
-            row["prompt_ids"] = render(tokenizer, row, prompt, add_generation_prompt=True)
-            chat = [*prompt, {"role": "assistant", "content": "Hello!"}]
-            if render(reward_tokenizer, row, chat) != render(tokenizer, row, chat):
-                fail(f"{row['where']}: the reward model has a different tokenizer or chat template")
-        data.append([row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length])
-        print(f"{split}: {len(data[-1])} of {len(rows)} prompts are within --max_prompt_length")
-    if not all(data):
-        fail("no prompt of a split is within --max_prompt_length")
-    train, test = data
-    check_model(policy, tokenizer, [row["prompt_ids"] for row in train + test], T)
+        reward_model = load_reward_model(args.reward_model_path, tokenizer).to(device)
+        check_context(reward_model.config, max(len(prompt.ids) for prompt in train + test) + T)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA: the output layer, in fp32, needs no more
+
     # ---- what is trained, and the frozen reference ----
     trained = torch.nn.ModuleDict({"policy": policy})
     critic = None
@@ -298,76 +315,75 @@ def main(args):
         critic = copy.deepcopy(reward_model.base_model)
         trained["critic"] = critic
         value_width = reward_model.score.in_features
-    learning_rate = args.learning_rate or (1.5e-4 if policy.num_parameters() < 10e6 else 3e-6)
-    # Zero: the first values are the mean of normalized scores, not a random layer's noise
+    # Zero: the first values are the mean of the normalized scores, not a random layer's noise
+    # (lm-human-preferences, language/model.py:368)
     value_head = torch.nn.Linear(value_width, 1)
-    for parameter in value_head.parameters():
-        parameter.data.zero_()
+    torch.nn.init.zeros_(value_head.weight)
+    torch.nn.init.zeros_(value_head.bias)
+    learning_rate = args.learning_rate or (1.5e-4 if policy.num_parameters() < 10e6 else 3e-6)
     groups = [
         {"params": list(trained.parameters()), "peak": learning_rate},
         {"params": value_head.parameters(), "peak": args.value_learning_rate},
     ]
     trained["value_head"] = value_head
-    trained.to(device).eval()  # dropout is always off: it would change log-probs between rollout and update
-    if args.gradient_checkpointing:  # works in train() alone, which must not switch dropout on
-        for module in trained.modules():
-            for name in vars(module):
-                if name == "p" or "dropout" in name:  # a torch.nn.Dropout's, or a plain number
-                    setattr(module, name, 0.0)
-            if module in (policy, critic):
-                module.gradient_checkpointing_enable()
+    trained.to(device).eval()  # for good: dropout would change log-probs between rollout and update
+    if args.gradient_checkpointing:
+        enable_checkpointing(trained)
+    # Never changed, so it is not in the checkpoint: a fork that moves it has to save it
     reference = copy.deepcopy(policy).requires_grad_(False)
-    # eps 1e-5 as in lm-human-preferences: more than torch's 1e-8, it damps the first, badly estimated steps
+    # eps as in lm-human-preferences (utils/core.py:627); TensorFlow's Adam makes more of it than torch's
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
-    done = 0  # updates
+    last_update = 0
     beta = args.beta
+    data_hash = hash(tuple(hash(tuple(prompt.ids)) for prompt in train))  # the same in every process
     if state:
+        check_data(args, state, data_hash)
         trained.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done, beta, score_mean, score_std = state["progress"]
-    if args.track:
-        import wandb
-
-        wandb.init(project="ppo_rlhf", name=args.output_dir, config=asdict(args))
+        last_update, beta, score_mean, score_std = state["progress"]
+    run = start_tracking(args, state) if args.track else None
     output_dir = Path(args.output_dir)
-    logs = open_logs(args, state, "metrics.jsonl", "samples.jsonl")
-    metrics_file, samples_file = logs
+    metrics_file, samples_file = logs = open_logs(args, state, "metrics.jsonl", "samples.jsonl")
     num_updates = args.total_episodes // B
     generator = torch.Generator().manual_seed(args.seed)
     epochs = range(0, args.total_episodes, len(train))  # each a new permutation of the prompts
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in epochs])
-    # Rounding allowed where 0 is expected, in nats per token; it grows as logits / temperature does
+    # Rounding allowed where 0 is expected, in nats per token; it grows as logits / temperature does. On a CPU
+    # all is fp32: a fork that samples in bf16 there, or with another engine, needs CUDA's tolerance.
     tolerance = (0.1 if device == "cuda" else 1e-4) / temperature
     print(f"PPO on {device}: {policy.num_parameters():,} parameters, learning rate {learning_rate}")
-    for update in tqdm(range(done + 1, num_updates + 1), "PPO", disable=None):
+    for update in tqdm(range(last_update + 1, num_updates + 1), "PPO", disable=None):
         # All of an update's random numbers are a function of seed and update: resuming needs no random state.
         torch.manual_seed(args.seed * 2**20 + update)
         schedule = min(update / (args.warmup_steps + 1), 1 - (update - 1) / num_updates)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule
 
-        # ======== Phase 1, rollout: sample a response to each of a batch of prompts ========
+        # ======== Phase 1, rollout: sample responses to a batch of prompts ========
         clock = [time.time()]
-        rows = [train[i] for i in order.split(B)[update - 1]]
-        batch = sample(policy, tokenizer, rows, args, end_ids)
+        chosen = order.split(B // args.num_generations)[update - 1]
+        prompts = [train[i] for i in chosen.repeat_interleave(args.num_generations)]
+        batch = sample(policy, tokenizer, prompts, args, end_ids)
         mask = batch.mask  # [B, T]
         clock.append(time.time())
 
         # ======== Phase 2, scoring: the reward model's scores, old and reference log-probs, values ========
-        scores = score(reward_model, tokenizer, batch, rows, size)  # [B]
+        scores = score(reward_model, tokenizer, batch, prompts, micro_batch_size)  # [B]
         # Old log-probs are computed again, by the forward that is trained: the sampler rounds differently.
         old_logprobs = torch.zeros_like(mask)  # [B, T]
         ref_logprobs = torch.zeros_like(mask)  # [B, T]
         values = torch.zeros_like(mask)  # [B, T]
         with torch.no_grad():
-            for idx, *inputs, t in micro_batches(batch, torch.arange(B), size):
-                old_logprobs[idx, :t], _, hidden = forward(policy, *inputs, temperature, critic=critic)
-                ref_logprobs[idx, :t], _, _ = forward(reference, *inputs, temperature)
-                values[idx, :t] = value_head(hidden).squeeze(-1)
+            for mb, ids, starts, labels in micro_batches(batch, torch.arange(B), micro_batch_size):
+                old_logprobs[mb], _, value_states = forward(
+                    policy, ids, starts, labels, temperature, critic=critic
+                )
+                ref_logprobs[mb], _, _ = forward(reference, ids, starts, labels, temperature)
+                values[mb] = value_head(value_states).squeeze(-1)
         kl = (old_logprobs - ref_logprobs) * mask  # [B, T]
         sampler_gap = masked_mean((batch.logprobs - old_logprobs).abs(), mask)
         eos_rate = batch.ended.float().mean()
-        if update == 1:
+        if update == 1:  # checks that catch almost every bug of an implementation of RLHF
             # Policy and reference are still the same model: a shift, a mask or dropout gone wrong shows here.
             assert masked_mean(kl.abs(), mask) < tolerance, "KL is not 0 at the start"
             # If a family's cache or window ignores the mask, the sampler runs a different model.
@@ -376,8 +392,9 @@ def main(args):
             if eos_rate < 0.5:
                 ends = tokenizer.convert_ids_to_tokens(end_ids)
                 print(f"only {eos_rate:.0%} of the responses end with {ends} within --max_new_tokens {T}")
-            # The scale of a reward is arbitrary. This rollout samples the SFT model: there, scores get mean 0
-            # and standard deviation 1, so that one beta fits all (lm-human-preferences, train_reward.py:252).
+        if update == 1:  # normalization: the first rollout samples the SFT model
+            # The scale of a reward is arbitrary. On the SFT model's samples scores get mean 0 and standard
+            # deviation 1, so that one beta fits all (lm-human-preferences, train_reward.py:252).
             score_mean = scores.mean().item()
             score_std = scores.std().item()
             if not score_std > 1e-6 * (1 + abs(score_mean)):  # all scores are alike
@@ -396,35 +413,34 @@ def main(args):
         advantages = whiten(advantages, mask)  # [B, T]
 
         # ======== Phase 4, update: clipped policy and value losses over shuffled minibatches ========
-        trained.train(args.gradient_checkpointing)
         stats = defaultdict(list)
+        # Epochs are whole numbers of minibatches, so none spans two of them
         shuffled = torch.cat([torch.randperm(B) for _ in range(args.num_ppo_epochs)])
-        for minibatch_inds in shuffled.split(B // args.num_mini_batches):
-            num_tokens = mask[minibatch_inds].sum()
-            for idx, *inputs, t in micro_batches(batch, minibatch_inds, size):
-                mb_mask = mask[idx, :t]  # [b, t]
-                mb_advantages = advantages[idx, :t]  # [b, t]
-                mb_returns = returns[idx, :t]  # [b, t]
-                mb_values = values[idx, :t]  # [b, t]
-                new_logprobs, entropy, hidden = forward(
-                    policy, *inputs, temperature, args.entropy_coef, critic
+        for minibatch in shuffled.split(B // args.num_mini_batches):
+            num_tokens = batch.cpu_response_lengths[minibatch].sum().item()
+            for mb, ids, starts, labels in micro_batches(batch, minibatch, micro_batch_size):
+                new_logprobs, entropy, value_states = forward(
+                    policy, ids, starts, labels, temperature, args.entropy_coef, critic
                 )
-                new_values = value_head(hidden).squeeze(-1)  # [b, t]
+                new_values = value_head(value_states).squeeze(-1)  # [b, t]
                 # Policy loss (Schulman et al. 2017, eq. 7). The max is the pessimistic choice: a token gains
                 # nothing by moving its ratio past the clip, but is pulled back if it went the wrong way.
-                log_ratio = new_logprobs - old_logprobs[idx, :t]  # [b, t]
+                log_ratio = new_logprobs - old_logprobs[mb]  # [b, t]
                 ratio = log_ratio.exp()  # [b, t]
                 clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)  # [b, t]
-                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio)  # [b, t]
-                # Value loss, clipped around the rollout's values (lm-human-preferences, train_policy.py:344)
-                low = mb_values - args.cliprange_value
-                high = mb_values + args.cliprange_value
+                pg_loss = torch.max(-advantages[mb] * ratio, -advantages[mb] * clipped_ratio)  # [b, t]
+                # Value loss, clipped around the rollout's values (lm-human-preferences, train_policy.py:344).
+                # Clamped between bounds, so that a value within them stays the same to the bit.
+                low = values[mb] - args.cliprange_value  # [b, t]
+                high = values[mb] + args.cliprange_value  # [b, t]
                 clipped_values = new_values.clamp(low, high)  # [b, t]
-                vf_loss = 0.5 * torch.max((new_values - mb_returns) ** 2, (clipped_values - mb_returns) ** 2)
+                vf_loss = 0.5 * torch.max(
+                    (new_values - returns[mb]) ** 2, (clipped_values - returns[mb]) ** 2
+                )
                 loss = pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy  # [b, t]
                 # Divided by the minibatch's tokens: each weighs the same, whatever the micro-batch
-                ((loss * mb_mask).sum() / num_tokens).backward()
-                figures = {
+                ((loss * mask[mb]).sum() / num_tokens).backward()
+                terms = {
                     "loss/policy_avg": pg_loss,
                     "loss/value_avg": vf_loss,
                     "policy/entropy_avg": entropy,
@@ -433,24 +449,25 @@ def main(args):
                     "val/clipfrac_avg": new_values != clipped_values,
                     "val/ratio": ratio,
                 }
-                for name, figure in figures.items():  # summed over micro-batches: the mean over real tokens
-                    stats[name].append((figure.detach() * mb_mask).sum() / num_tokens)
-                if "policy/grad_norm" not in stats:  # no step yet: the policy is the one that sampled
-                    gap = masked_mean(log_ratio.abs(), mb_mask)
+                for name, term in terms.items():  # summed over micro-batches: the mean over real tokens
+                    stats[name].append((term.detach() * mask[mb]).sum() / num_tokens)
+                if not stats["policy/grad_norm"]:  # before the first step: still the policy that sampled
+                    gap = masked_mean(log_ratio.abs(), mask[mb])
                     assert gap < tolerance, f"ratio is not 1 on the first minibatch: mean |log ratio| {gap}"
+            # One norm over policy, critic and value head: a large value loss shrinks the policy's step too
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.max_grad_norm or torch.inf)
             if not grad_norm.isfinite():
                 fail(f"update {update}: gradient not finite: check the rewards, or restart with a lower rate")
             stats["policy/grad_norm"].append(grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        trained.eval()
         clock.append(time.time())
 
-        # ======== Phase 5, logging: means over real tokens, or over episodes of sums ========
+        # ======== Phase 5, logging: means over real tokens, or over episodes of their tokens' sums ========
         num_steps = len(stats["policy/grad_norm"])
         episode_kl = kl.sum(1)  # [B] nats per response
         mean_kl = episode_kl.mean()
+        returns_var = masked_var(returns, mask).clamp(min=1e-8)  # not 0, if all scores are alike
         metrics = {
             "update": update,
             "episode": update * B,
@@ -460,45 +477,50 @@ def main(args):
             "objective/non_score_reward": -beta * mean_kl,
             "objective/rlhf_reward": (scores - beta * episode_kl).mean(),
             **{name: sum(parts) / num_steps for name, parts in stats.items()},
-            "val/explained_variance": 1 - masked_var(returns - values, mask) / masked_var(returns, mask),
+            "val/explained_variance": 1 - masked_var(returns - values, mask) / returns_var,
             "val/sampler_logprob_gap": sampler_gap,
             "val/eos_rate": eos_rate,
-            "val/num_eos_tokens": eos_rate,  # TRL's name
             "response_length": batch.response_lengths.float().mean(),
             "lr": learning_rate * schedule,
             "beta": beta,
-            "eps": B / (clock[3] - clock[0]),
+            "eps": B / (clock[3] - clock[0]),  # episodes per second
             "time/rollout": clock[1] - clock[0],
             "time/score": clock[2] - clock[1],
             "time/update": clock[3] - clock[2],
         }
         write_row(metrics_file, metrics)
-        if args.track:
-            wandb.log(metrics, step=update)
+        if run:
+            run.log(metrics, step=update)
         if args.adaptive_kl_target > 0:
-            # Ziegler et al. 2019, section 2.2, but with a horizon of 1000 episodes, not 10,000
+            # Ziegler et al. 2019, section 2.2, but with a horizon of 1000 episodes, not their code's 10,000.
+            # A batch counts as 1000 at most, so that beta stays positive.
             error = mean_kl.item() / args.adaptive_kl_target - 1
-            beta *= 1 + min(max(error, -0.2), 0.2) * B / 1000
+            beta *= 1 + min(max(error, -0.2), 0.2) * min(B / 1000, 1)
         if update % args.eval_steps == 0 or update in (1, num_updates):
+            examples = []
             for i in range(min(4, B)):
                 response = batch.responses[i][mask[i] == 1]
-                shown = {
+                example = {
                     "update": update,
-                    "prompt": rows[i]["prompt"],
+                    "prompt": prompts[i].shown,
                     "response": tokenizer.decode(response),  # with its special tokens
-                    "score": scores[i],
-                    "kl": episode_kl[i],
+                    "score": scores[i].item(),
+                    "kl": episode_kl[i].item(),
                 }
-                write_row(samples_file, shown)
+                write_row(samples_file, example)
+                examples.append(example)
             summary = f"score {scores.mean():.2f}, KL {mean_kl:.2f}, {eos_rate:.0%} ended"
-            tqdm.write(f"update {update}/{num_updates}: {summary}; {shown['prompt']} -> {shown['response']}")
+            tqdm.write(f"update {update}/{num_updates}: {summary}")
+            tqdm.write(f"    {example['prompt']} -> {example['response']}")
+            if run:
+                track_samples(run, examples, update)
         if update % args.save_steps == 0 or update == num_updates:
             progress = (update, beta, score_mean, score_std)
-            save_checkpoint(args, logs, trained, optimizer, progress)
+            save_checkpoint(args, logs, trained, optimizer, progress, data_hash, run)
 
     # ======== The end: save, then sample responses of both models to the held-out prompts ========
     # For stock `generate`: the distribution that was trained, without top-k, top-p or penalties
-    policy.generation_config = GenerationConfig(
+    policy.generation_config = transformers.GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
@@ -511,27 +533,35 @@ def main(args):
     tokenizer.save_pretrained(output_dir)
     scale = torch.tensor([score_mean, score_std])  # of scores and values; the critic is in checkpoint/
     save_file({**value_head.state_dict(), "score_scale": scale}, output_dir / "value_head.safetensors")
-    results = defaultdict(list, prompt=[row["prompt"] for row in test])
-    for name, model in (("sft", reference), ("ppo", policy)):
+    results = [{"prompt": prompt.shown} for prompt in test]
+    for name, model in (
+        ("sft", reference),
+        ("ppo", policy),
+    ):  # the reference is the SFT model, unless a fork moves it
         torch.manual_seed(args.seed)  # the same random numbers for both
         for start in range(0, len(test), B):
-            rows = test[start : start + B]
-            batch = sample(model, tokenizer, rows, args, end_ids)
-            results[name] += tokenizer.batch_decode(batch.responses, skip_special_tokens=True)
-            scores = score(reward_model, tokenizer, batch, rows, size)  # [b]
-            results[f"{name}_score"] += ((scores - score_mean) / score_std).tolist()
+            prompts = test[start : start + B]
+            batch = sample(model, tokenizer, prompts, args, end_ids)
+            texts = tokenizer.batch_decode(batch.responses, skip_special_tokens=True)
+            scores = score(reward_model, tokenizer, batch, prompts, micro_batch_size)  # [b]
+            scores = ((scores - score_mean) / score_std).tolist()
+            for i in range(len(prompts)):
+                results[start + i] |= {name: texts[i], f"{name}_score": scores[i]}
     with open(output_dir / "eval.jsonl", "w") as file:
-        for values in zip(*results.values()):
-            write_row(file, dict(zip(results, values)))
-    print(f"held-out score: SFT {mean(results['sft_score']):.2f}, PPO {mean(results['ppo_score']):.2f}")
+        for result in results:
+            write_row(file, result)
+    sft_score = mean(result["sft_score"] for result in results)
+    ppo_score = mean(result["ppo_score"] for result in results)
+    print(f"held-out score: SFT {sft_score:.2f}, PPO {ppo_score:.2f}")
     print(f"saved to {output_dir}")
 
 
 # ---- The sampler ----
 @torch.no_grad()
-def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id):
+def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id, cuda_graph=True):
     """Sample responses -> responses [B, T], lengths [B] with EOS, whether they ended [B], log-probs [B, T].
-    prompts, prompt_mask [B, P], left-padded; uniforms [T, B] in [0, 1), all the randomness; end_ids [E]."""
+    prompts, prompt_mask [B, P], left-padded; uniforms [T, B] in [0, 1), all the randomness; end_ids [E].
+    Shapes are fixed and tensors changed in place throughout: on CUDA a step is recorded once and replayed."""
     B, P = prompts.shape
     T = len(uniforms)
     # 0 on left padding alone, as causality hides what is not sampled yet
@@ -539,9 +569,8 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id)
     # Positions count real tokens, not slots: else a prompt would get another response in another batch
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
     position = positions[:, -1:] + 1  # [B, 1] of the newest token
-    renamed = "cache" in inspect.signature(model.base_model.forward).parameters  # as of transformers 5.24
-    static = StaticCache(model.config, max_cache_len=P + T)
-    cache = {"cache" if renamed else "past_key_values": static}
+    cache = transformers.StaticCache(model.config, max_cache_len=P + T)
+    inputs = {"attention_mask": attention_mask, "cache": cache}
     responses = prompts.new_full((B, T), pad_id)  # [B, T]
     logprobs = torch.zeros_like(uniforms.T)  # [B, T]
     lengths = prompts.new_zeros(B)  # [B]
@@ -565,26 +594,30 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id)
         step.add_(1)
 
     def decode_step():
-        output = model.base_model(token, attention_mask=attention_mask, position_ids=position, **cache)
+        output = model.base_model(token, position_ids=position, **inputs)
         position.add_(1)
         sample_next(output.last_hidden_state[:, -1])
 
-    output = model.base_model(prompts, attention_mask=attention_mask, position_ids=positions, **cache)
+    output = model.base_model(prompts, position_ids=positions, **inputs)
     sample_next(output.last_hidden_state[:, -1])
     run_step = decode_step
     first = 1
-    if prompts.is_cuda and T > 3 and not any(static.is_sliding):
-        # A CUDA graph records the step once and replays it: launching its many small kernels takes longer
-        # than running them. Hence fixed shapes, changes in place, no sliding windows (counted in Python).
-        stream = torch.cuda.Stream()
+    if prompts.is_cuda and cuda_graph and T > 3 and not any(cache.is_sliding):
+        # A CUDA graph: launching the step's many small kernels takes longer than running them. Sliding
+        # windows are counted in Python, which a replay would not see.
+        stream = side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # two real steps first: libraries set up
             decode_step()
             decode_step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):  # records the step, runs nothing
-            decode_step()
+        try:
+            with torch.cuda.graph(graph, stream=stream):  # records the step, runs nothing
+                decode_step()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            fail(f"a decode step of this model cannot be recorded ({reason}): give --no-cuda_graph")
         run_step = graph.replay
         first = 3
     for t in range(first, T):
@@ -592,6 +625,12 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id)
         if t % 8 == 0 and ended.all():
             break
     return responses, lengths, ended, logprobs
+
+
+@functools.cache
+def side_stream():
+    """One for all rollouts, as each stream keeps memory of its own for good."""
+    return torch.cuda.Stream()
 
 
 def bf16_copy(model):
@@ -608,44 +647,175 @@ def bf16_copy(model):
 # ---- Plumbing. Functions marked [shared], here and above, are the same in the other scripts ----
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
-def load_rows(name, split):  # [shared]
-    """Rows of a data set: a Hub name or a folder with {split}.jsonl; row["where"] is for error messages."""
-    try:
-        rows = datasets.load_dataset(name, split=split).to_list()
-    except Exception as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        fail(f"{name} has no readable split {split} ({reason}); see --dataset_name and its splits")
-    rows = json.loads(
-        json.dumps(rows, default=str),
-        # Arrow gives every message and tool the keys of all others, and templates would print the None
-        object_hook=lambda entry: {key: value for key, value in entry.items() if value is not None},
+def check_flags(args):
+    """Refuse flags with which a run would learn nothing, or stop halfway."""
+    steps = ("num_ppo_epochs", "num_mini_batches", "num_generations", "per_device_train_batch_size")
+    sizes = (
+        "total_episodes",
+        "batch_size",
+        "rollout_batch_size",
+        "max_new_tokens",
+        "eval_steps",
+        "save_steps",
     )
-    return [{**row, "where": f"{name}, {split}, row {number}"} for number, row in enumerate(rows, 1)]
+    positive = (*steps, *sizes, "temperature", "cliprange", "cliprange_value")
+    check_numbers(args, positive, signed=("missing_eos_penalty", "length_penalty"))
+    if args.gamma > 1 or args.lam > 1 or (args.adaptive_kl_target and not args.beta):
+        fail("--gamma and --lam must be at most 1, and --beta above 0 with --adaptive_kl_target")
+    if args.batch_size % args.num_mini_batches or args.batch_size % args.num_generations:
+        fail("--batch_size must be a multiple of --num_mini_batches and of --num_generations")
+    if args.total_episodes % args.batch_size:
+        fail("--total_episodes must be a multiple of --batch_size")
+    if not args.reward_model_path and "num_embeddings" in reward_fn.__code__.co_names:
+        fail("--reward_model_path is empty, so the score is a rule of yours: write it into reward_fn")
+
+
+def check_numbers(args, positive, signed=()):  # [shared]
+    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and name not in signed:
+            if value < 0 or (value == 0 and name in positive):
+                fail(f"--{name} {value} is too small")
+
+
+def find_device():  # [shared]
+    """cuda, if this torch finds a GPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.version.cuda:
+        print("no GPU is used: this torch is built for CUDA but finds none, or the driver is too old for it")
+    return "cpu"
+
+
+def check_name(name, kind):  # [shared]
+    """Refuse a name that is neither a folder nor on the Hub, before libraries look for it for a minute."""
+    try:
+        if not Path(name).is_dir():
+            huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
+    except Exception as error:
+        fail(f"{name} is neither a folder here nor a {kind} on the Hub ({error})")
+
+
+def load_rows(name, split):  # [shared]
+    """Rows of a data set, exactly as {name}/{split}.jsonl has them, or as `datasets` reads other formats."""
+    check_name(name, "dataset")
+    path = Path(name, f"{split}.jsonl")
+    rows = []
+    try:
+        if path.exists():
+            for line in open(path, encoding="utf-8"):
+                rows.append(json.loads(line))
+        else:
+            table = datasets.load_dataset(name, split=split)
+            text = json.dumps(table.to_list(), default=str)
+            rows = json.loads(text, object_hook=without_none)
+            rows = [dict.fromkeys(table.column_names) | row for row in rows]
+    except Exception as error:
+        fail(f"{name}: split {split} cannot be read, at row {len(rows) + 1}: {error} {error.__cause__ or ''}")
+    if not rows:
+        fail(f"{name}: split {split} has no rows")
+    return rows
+
+
+def without_none(entry):  # [shared]
+    """Arrow gives every message and tool the keys of all others, and templates would print their None."""
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def find_column(rows, *names):  # [shared]
+    """The first of `names` that the data set has, with text or messages in it."""
+    name = next((name for name in names if name in rows[0]), names[0])
+    if not isinstance(rows[0].get(name, 0), str | list | None):
+        fail(f"there is no column {' or '.join(names)} with text or messages: row 1 has {list(rows[0])}")
+    return name
+
+
+def encode_rows(encode_row, rows, split):  # [shared]
+    """What encode_row makes of each row, on all cores. A row for which it raises ValueError is left out; one
+    line says how many are, why, and which is the first. If most are, the data set is refused."""
+    kept = []
+    left_out = defaultdict(list)  # why: row numbers
+
+    def attempt(row):
+        try:
+            return encode_row(row), None
+        except ValueError as why:
+            return None, str(why)
+
+    with ThreadPoolExecutor() as pool:
+        results = tqdm(pool.map(attempt, rows), f"{split} rows", len(rows), disable=None, leave=False)
+        for number, (example, why) in enumerate(results, 1):
+            if why:
+                left_out[why].append(number)
+            else:
+                kept.append(example)
+    reasons = [f"; {len(numbers):,} {why} (first: row {numbers[0]})" for why, numbers in left_out.items()]
+    line = f"{split}: {len(kept):,} of {len(rows):,} rows{''.join(reasons)}"
+    if len(kept) < len(rows) / 2:
+        fail(line)
+    print(line)
+    return kept
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: `column` after `prompt`, or a dialogue in it, `messages` or hh-rlhf's `chosen`."""
-    name = next((name for name in (column, "messages", "chosen") if name in row), column)
-    chat = row.get(name)
-    if isinstance(chat, str) and chat:
-        *before, reply = [chat] if "prompt" in row else chat.rsplit("\n\nAssistant:", 1)
-        chat = [{"role": "user", "content": text + "\n\nAssistant:"} for text in before]
-        role = "user" if name == "prompt" else "assistant"
-        chat.append({"role": role, "content": reply.strip() if before else reply})
-    if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
-        fail(f"{row['where']}: {name} must be text, or messages of role and content (text): {list(row)}")
-    if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
+    """Messages of a row: of `column`, after those of `prompt`. ValueError says why a row is left out."""
+    chat = row.get(column)
+    if not chat:
+        raise ValueError(f"with no {column}")
+    if isinstance(chat, str) and (column == "prompt" or "prompt" in row):
+        chat = [{"role": "user" if column == "prompt" else "assistant", "content": chat}]
+    elif isinstance(
+        chat, str
+    ):  # a dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
+        before, marker, reply = chat.rpartition("\n\nAssistant:")
+        prompt = {"role": "user", "content": before + marker}
+        chat = [prompt, {"role": "assistant", "content": reply.strip()}]
+    for message in chat:
+        content = isinstance(message, dict) and "role" in message and message.get("content")
+        if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
+            raise ValueError(f"with no role and content (text) in a message of {column}")
+    if column not in ("prompt", "messages") and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
 
 
-def render(tokenizer, row, messages, **options):  # [shared]
-    """Ids of a chat, as the tokenizer's own chat template writes it (BOS too, where there is one)."""
-    return tokenizer.apply_chat_template(messages, tools=row.get("tools"), return_dict=False, **options)
+def render(tokenizer, row, chat, **options):  # [shared]
+    """Text of a chat, as the tokenizer's own template writes it. ValueError says why a row is left out."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    text = f"{chat} {tools}"
+    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or another turn
+        if token in text:
+            raise ValueError(f"with {token} in the text")
+    try:
+        return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"refused by the chat template ({error})") from error
+
+
+def load_prompts(tokenizer, args, split):
+    """Prompts of a split: each with its token ids, what to show of it, and the data row it comes from."""
+    rows = load_rows(args.dataset_name, split)
+    column = find_column(rows, "prompt", "messages", "chosen")
+
+    def encode_prompt(row):
+        chat = read_chat(row, column)
+        if column != "prompt" and chat[-1]["role"] == "assistant":
+            chat = chat[:-1]
+        if not chat or chat[-1]["role"] not in ("user", "tool"):
+            raise ValueError("whose prompt does not end with a message of user or tool")
+        text = render(tokenizer, row, chat, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) > args.max_prompt_length:
+            raise ValueError("longer than --max_prompt_length")
+        return SimpleNamespace(ids=ids, shown=row.get("prompt", chat), row=row)
+
+    return encode_rows(encode_prompt, rows, split)
 
 
 def find_end_ids(model, tokenizer):  # [shared]
@@ -661,33 +831,86 @@ def find_end_ids(model, tokenizer):  # [shared]
     return sorted(ends - {None})
 
 
-def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
-    """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
-    if path.startswith("runs/") and not Path(path, "config.json").exists():
+def load_pretrained(auto_class, path, head=None, **options):  # [shared]
+    """(model in fp32, tokenizer), or of a causal model's folder a classifier with the new weight `head`."""
+    check_name(path, "model")
+    if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
-    wrong = (info["missing_keys"] | info["unexpected_keys"]) - {*new_weights}
+    trust = {"trust_remote_code": False}  # else a folder with code of its own asks on standard input
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **trust)
+    if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+        # The file as it stands: Transformers 5, 5.24 too, rebuilds GPT2Tokenizer, Qwen2Tokenizer and others
+        # by their class, without the file's pre-tokenizer: other ids than the model was trained on.
+        tokenizer_class = transformers.PreTrainedTokenizerFast
+        tokenizer = tokenizer_class.from_pretrained(path, eos_token=tokenizer.eos_token)
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, info = auto_class.from_pretrained(path, **trust, **options)
+    # A weight missing from the file would silently be random. The causal head is left over in a classifier
+    wrong = info["missing_keys"] - {head} if head else info["missing_keys"] | info["unexpected_keys"]
     if wrong:
         fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {sorted(wrong)[:4]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # harmless: masks come from lengths
+    if (tokenizer.pad_token_id or math.inf) >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
     return model, tokenizer
+
+
+def load_reward_model(path, tokenizer):
+    """A classifier with one label, whose tokenizer and chat template write what the policy's do."""
+    model, own = load_pretrained(transformers.AutoModelForSequenceClassification, path)
+    if model.num_labels != 1 or not hasattr(model, "score"):
+        fail(f"{path} is not a reward model: a classifier with one label, read by its layer `score`")
+    ids = own.get_vocab()
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    texts = [one.chat_template and one.apply_chat_template(chat, tokenize=False) for one in (own, tokenizer)]
+    if texts[0] != texts[1] or any(ids.get(token, i) != i for token, i in tokenizer.get_vocab().items()):
+        fail(f"{path}: the reward model has a different tokenizer or chat template")
+    return model
 
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
     """Refuse too short a context, or a family whose logits are not output_layer(backbone), like Gemma 2."""
-    pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
-    pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")
-    length = pair.input_ids.shape[1] + extra
-    if length > getattr(model.config.get_text_config(), "max_position_embeddings", length):
-        fail(f"sequences of {length} tokens exceed the model's context; lower the length limits")
-    ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
-    difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
-    if difference.abs().max() > 1e-2:
-        fail(f"model family {model.config.model_type} is not supported: it changes its logits afterwards")
+    config = model.config.get_text_config()
+    check_context(config, max(map(len, rows)) + extra)
+    if getattr(config, "output_router_logits", False):
+        print("note: the config asks for a router loss (output_router_logits), which is not trained here")
+    pair = [min(rows, key=len)[:16], max(rows, key=len)[:32]]  # ragged
+    pair = tokenizer.pad({"input_ids": pair}, padding_side="right", return_tensors="pt")
+    if model.base_model is not model:
+        ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
+        difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
+        if difference.abs().max() < 1e-2:
+            return
+    fail(f"model family {config.model_type} is not supported: no backbone, or logits changed afterwards")
+
+
+def check_context(config, length):  # [shared]
+    """Refuse rows that a model has no positions for, or whose length changes RoPE's frequencies (longrope):
+    then a row's log-probs would depend on the longest row of its batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = getattr(config, "max_position_embeddings", None) or length
+    if rope.get("rope_type") == "longrope":
+        limit = rope["original_max_position_embeddings"]
+    if length > limit:
+        kind = rope.get("rope_type", "no RoPE")
+        fail(f"sequences of {length} tokens exceed the context of {limit} ({kind}); lower the length limits")
+
+
+def can_be_sampled(model):  # [shared]
+    """Whether the sampler's cache fits a family: no recurrent state, and keys and values to keep."""
+    arguments = inspect.signature(model.base_model.forward).parameters
+    return "cache" in arguments and model._supports_default_dynamic_cache() and not model._is_stateful
+
+
+def enable_checkpointing(model):
+    """Recompute each layer's activations in the backward pass. The library does so in train mode alone, which
+    would switch dropout on, and router noise, under names that differ by family."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            module.forward = functools.partial(checkpoint, module.forward, **options)
 
 
 def load_checkpoint(args, inputs, changeable=()):  # [shared]
@@ -698,13 +921,16 @@ def load_checkpoint(args, inputs, changeable=()):  # [shared]
         fail(f"--output_dir {folder} is the folder of an input model; name another")
     if not args.resume and not args.overwrite and any(folder.glob("*")):
         fail(f"--output_dir {folder} is not empty; --resume its run, --overwrite it, or name another")
+    if args.resume and not path.exists() and (folder / "config.json").exists():
+        fail(f"{folder} holds a model but no checkpoint to resume from; name another")
     if not args.resume or not path.exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
     changeable += ("output_dir", "resume", "overwrite", "track", "eval_steps", "save_steps")
     for name, old in state["args"].items():
-        if name not in changeable and getattr(args, name) != old:
-            fail(f"--{name} {getattr(args, name)}: it was {old} in {folder}; give that, or another folder")
+        new = getattr(args, name, "no flag of this stage")
+        if name not in changeable and new != old:
+            fail(f"--{name} {new}: it was {old} in {folder}; give that, or another folder")
     return state
 
 
@@ -723,17 +949,42 @@ def open_logs(args, state, *names):  # [shared]
     return logs
 
 
-def write_row(file, row):
+def check_data(args, state, data_hash):  # [shared]
+    """Refuse to resume on other data: the batches would be others."""
+    if state["data_hash"] != data_hash:
+        fail(f"the data have changed since the checkpoint in {args.output_dir}; name another folder")
+
+
+def start_tracking(args, state):  # [shared]
+    """A Weights & Biases run; a run that is resumed continues its own."""
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", "ppo_rlhf")
+    run_id = state and state["run_id"]
+    return wandb.init(project=project, name=args.output_dir, config=asdict(args), id=run_id, resume="allow")
+
+
+def track_samples(run, examples, update):
+    """The latest samples as a table in Weights & Biases."""
+    import wandb
+
+    cells = [[str(value) for value in example.values()] for example in examples]
+    run.log({"samples": wandb.Table(list(examples[0]), cells)}, step=update)
+
+
+def write_row(file, row):  # [shared]
     """One line of JSON; tensors become numbers."""
     file.write(json.dumps(row, default=float) + "\n")
 
 
-def save_checkpoint(args, logs, model, optimizer, progress):  # [shared]
+def save_checkpoint(args, logs, model, optimizer, progress, data_hash, run):  # [shared]
     """Write a new file, then rename it: a run that is killed at any moment has a valid checkpoint."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "progress": progress,
+        "data_hash": data_hash,
+        "run_id": run and run.id,
         "args": asdict(args),
         "log_sizes": [os.path.getsize(log.name) for log in logs],
     }
@@ -747,4 +998,7 @@ if __name__ == "__main__":
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        fail("stopped; the same command with --resume continues from the newest checkpoint")

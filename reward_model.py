@@ -1,10 +1,11 @@
 """Stage 2 of RLHF: the reward model. The shipped task, on the model in runs/sft: python reward_model.py
 
-People cannot write the perfect response, but they can say which of two is better. The SFT model gets a head
-that gives one number, the score of a response, and learns from such pairs by the Bradley-Terry model:
+It is easier to say which of two responses is better than to write a good one. The SFT model gets a head that
+gives one number, the score of a response, and learns from such pairs by the Bradley-Terry model:
 P(chosen is preferred) = sigmoid(score(chosen) - score(rejected)). Stage 3 trains the policy against it.
 The default adds two terms to this textbook loss: a language-model loss on the chosen side, which brought 1 to
-2 points of held-out accuracy, and a centering term against an offset per prompt, which is noise in stage 3.
+2 points of held-out accuracy; and a centering term. Pairs leave an offset for each prompt open, which would
+be noise in stage 3: centering keeps the scores of all prompts around 0.
 
 Sources: Christiano et al. 2017, section 2.2.3; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, 3.5.
 """
@@ -13,17 +14,20 @@ import json
 import math
 import os
 import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
 import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import cached_file
 
 
 @dataclass
@@ -81,12 +85,14 @@ def shuffled_batches(lengths, size, count, seed):  # [shared]
     """`count` batches of row numbers, epoch by epoch; in each, rows of similar length, for little padding."""
     lengths = torch.tensor(lengths)
     batches = []
-    for epoch in range(math.ceil(count / math.ceil(len(lengths) / size))):
+    epoch = 0
+    while len(batches) < count:
         generator = torch.Generator().manual_seed(seed + epoch)
-        pools = torch.randperm(len(lengths), generator=generator).split(16 * size)
-        pools = [pool[lengths[pool].argsort(stable=True)].split(size) for pool in pools]
-        cut = [batch for pool in pools for batch in pool]
-        batches += [cut[i] for i in torch.randperm(len(cut), generator=generator)]
+        epoch_batches = []
+        for pool in torch.randperm(len(lengths), generator=generator).split(16 * size):
+            epoch_batches += pool[lengths[pool].argsort(stable=True)].split(size)
+        batches += [epoch_batches[i] for i in torch.randperm(len(epoch_batches), generator=generator)]
+        epoch += 1
     return batches[:count]
 
 
@@ -111,57 +117,41 @@ def evaluate(model, pairs, size, device):
     right = (margin > 0).float()  # [N]
     confidence = torch.sigmoid(margin.abs())  # [N] in 0.5 ... 1
     bins = ((confidence - 0.5) * 20).long().clamp(max=9)  # [N]
-    gaps = right - confidence  # [N]
-    gaps = [gaps[bins == b].sum().abs() for b in range(10)]
+    gap = right - confidence  # [N]
+    bin_gaps = [gap[bins == b].sum().abs() for b in range(10)]
     return {
         "eval/loss": -F.logsigmoid(margin).mean(),
         "eval/accuracy": right.mean(),
         "eval/margin": margin.mean(),
-        "eval/ece": sum(gaps) / len(margin),
+        "eval/ece": sum(bin_gaps) / len(margin),
     }
 
 
 def main(args):
+    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps")
+    check_numbers(args, positive, signed=["max_steps"])
     state = load_checkpoint(args, [args.model_name_or_path])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     torch.manual_seed(args.seed)
     # 1. Model: the SFT model's backbone with a new scalar head
-    sft, tokenizer = load_pretrained(AutoModelForCausalLM, args.model_name_or_path)
+    sft, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, args.model_name_or_path)
     end_ids = find_end_ids(sft, tokenizer)
-    of_head = {name for name, _ in sft.named_parameters() if not name.startswith(sft.base_model_prefix)}
-    new = {
-        "score.weight",
-        "lm_head.weight",
-        *of_head,
-    }
-    auto_class = AutoModelForSequenceClassification
+    if type(sft.config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        fail(f"transformers has no sequence-classification class for model family {sft.config.model_type}")
     # Of a regression model, stock pipelines show the score itself, not its sigmoid
     options = {"num_labels": 1, "problem_type": "regression"}
-    model, _ = load_pretrained(auto_class, args.model_name_or_path, new, **options)
+    auto_class = transformers.AutoModelForSequenceClassification
+    model, _ = load_pretrained(auto_class, args.model_name_or_path, "score.weight", **options)
     # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252);
     # large ones would saturate the sigmoid before the backbone has learned anything.
     width = model.score.in_features
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
 
     # 2. Pairs
-    data = []
-    for name in (args.dataset_train_split, args.dataset_test_split):
-        rows = load_rows(args.dataset_name, name)
-        pairs = []
-        for row in rows:
-            prompt, response = encode(tokenizer, end_ids, row, "chosen")
-            other_prompt, other_response = encode(tokenizer, end_ids, row, "rejected")
-            chosen = prompt + response
-            rejected = prompt + other_response
-            comparable = prompt == other_prompt and response != other_response
-            if comparable and max(len(chosen), len(rejected)) <= args.max_length:
-                pairs.append((chosen, rejected))
-        print(f"{name}: {len(pairs)} of {len(rows)} pairs are within --max_length, with one prompt")
-        data.append(pairs)
-    if not all(data):
-        fail("a split has no pairs within --max_length, with one prompt")
-    train, test = data
+    train = load_pairs(tokenizer, end_ids, args, args.dataset_train_split)
+    test = load_pairs(tokenizer, end_ids, args, args.dataset_test_split)
     check_model(sft, tokenizer, [side for pair in train + test for side in pair])
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # frozen
     # The stock class reads the score at the last token that is not a pad, so the pad must not be an end
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -175,29 +165,24 @@ def main(args):
     small = model.num_parameters() < 10e6
     learning_rate = args.learning_rate or (8e-4 if small else 1e-5)
     num_epochs = args.num_train_epochs or (2 if small else 1)
-    size = args.per_device_train_batch_size
+    batch_size = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
-    num_batches = num_epochs * math.ceil(len(train) / size)
+    num_batches = num_epochs * math.ceil(len(train) / batch_size)
     total_steps = max(args.max_steps, 0) or math.ceil(num_batches / accumulation)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in train]
-    batches = shuffled_batches(lengths, size, total_steps * accumulation, args.seed)
+    batches = shuffled_batches(lengths, batch_size, total_steps * accumulation, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
-    done = 0  # steps
+    last_step = 0
+    data_hash = hash(tuple(hash(tuple(ids)) for pair in train for ids in pair))  # the same in every process
     if state:
+        check_data(args, state, data_hash)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done = state["progress"]
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project="ppo_rlhf",
-            name=args.output_dir,
-            config=asdict(args),
-        )
+        last_step = state["progress"]
+    run = start_tracking(args, state) if args.track else None
     logs = open_logs(args, state, "metrics.jsonl")
     print(f"Reward model on {device}: {model.num_parameters():,} parameters, learning rate {learning_rate}")
-    for step in tqdm(range(done + 1, total_steps + 1), "reward model", disable=None):
+    for step in tqdm(range(last_step + 1, total_steps + 1), "reward model", disable=None):
         # 4. One optimizer step. Dropout is a function of seed and step, so --resume needs no random state.
         torch.manual_seed(args.seed * 2**20 + step)
         model.train()
@@ -212,7 +197,7 @@ def main(args):
         for micro_batch in micro_batches:
             # [b], [b], [2b, L], [2b, L, d]
             chosen, rejected, ids, hidden = pair_scores(model, micro_batch, device)
-            # Bradley-Terry: only differences of scores matter. ppo_rlhf.py normalizes what is left open.
+            # Bradley-Terry: a constant added to all scores changes nothing; ppo_rlhf.py sets it
             margin = chosen - rejected  # [b]
             loss = -F.logsigmoid(margin).sum() / num_pairs
             center_loss = ((chosen + rejected) ** 2).sum() / num_pairs
@@ -244,80 +229,190 @@ def main(args):
             "lr": lr,
         }
         if step % args.eval_steps == 0 or step == total_steps:
-            metrics |= evaluate(model, test, size, device)
+            metrics |= evaluate(model, test, batch_size, device)
             accuracy = metrics["eval/accuracy"]
             loss = metrics["eval/loss"]
             tqdm.write(f"step {step}: held-out accuracy {accuracy:.3f}, loss {loss:.3f}")
-        line = json.dumps(metrics, default=float)
-        logs[0].write(line + "\n")
-        if args.track:
-            wandb.log(metrics, step=step)
+        write_row(logs[0], metrics)
+        if run:
+            run.log(metrics, step=step)
         if step % args.save_steps == 0 or step == total_steps:
-            save_checkpoint(args, logs, model, optimizer, step)
+            save_checkpoint(args, logs, model, optimizer, step, data_hash, run)
 
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    print(f"saved to {args.output_dir}. Next: python ppo_rlhf.py --reward_model_path {args.output_dir}")
+    paths = f"--sft_model_path {args.model_name_or_path} --reward_model_path {args.output_dir}"
+    print(f"saved to {args.output_dir}. Next: python ppo_rlhf.py {paths}")
 
 
 # ---- Plumbing. Functions marked [shared], here and above, are the same in the other scripts ----
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
-def load_rows(name, split):  # [shared]
-    """Rows of a data set: a Hub name or a folder with {split}.jsonl; row["where"] is for error messages."""
+def check_numbers(args, positive, signed=()):  # [shared]
+    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and name not in signed:
+            if value < 0 or (value == 0 and name in positive):
+                fail(f"--{name} {value} is too small")
+
+
+def find_device():  # [shared]
+    """cuda, if this torch finds a GPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.version.cuda:
+        print("no GPU is used: this torch is built for CUDA but finds none, or the driver is too old for it")
+    return "cpu"
+
+
+def check_name(name, kind):  # [shared]
+    """Refuse a name that is neither a folder nor on the Hub, before libraries look for it for a minute."""
     try:
-        rows = datasets.load_dataset(name, split=split).to_list()
+        if not Path(name).is_dir():
+            huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
     except Exception as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        fail(f"{name} has no readable split {split} ({reason}); see --dataset_name and its splits")
-    rows = json.loads(
-        json.dumps(rows, default=str),
-        # Arrow gives every message and tool the keys of all others, and templates would print the None
-        object_hook=lambda entry: {key: value for key, value in entry.items() if value is not None},
-    )
-    return [{**row, "where": f"{name}, {split}, row {number}"} for number, row in enumerate(rows, 1)]
+        fail(f"{name} is neither a folder here nor a {kind} on the Hub ({error})")
+
+
+def load_rows(name, split):  # [shared]
+    """Rows of a data set, exactly as {name}/{split}.jsonl has them, or as `datasets` reads other formats."""
+    check_name(name, "dataset")
+    path = Path(name, f"{split}.jsonl")
+    rows = []
+    try:
+        if path.exists():
+            for line in open(path, encoding="utf-8"):
+                rows.append(json.loads(line))
+        else:
+            table = datasets.load_dataset(name, split=split)
+            text = json.dumps(table.to_list(), default=str)
+            rows = json.loads(text, object_hook=without_none)
+            rows = [dict.fromkeys(table.column_names) | row for row in rows]
+    except Exception as error:
+        fail(f"{name}: split {split} cannot be read, at row {len(rows) + 1}: {error} {error.__cause__ or ''}")
+    if not rows:
+        fail(f"{name}: split {split} has no rows")
+    return rows
+
+
+def without_none(entry):  # [shared]
+    """Arrow gives every message and tool the keys of all others, and templates would print their None."""
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def find_column(rows, *names):  # [shared]
+    """The first of `names` that the data set has, with text or messages in it."""
+    name = next((name for name in names if name in rows[0]), names[0])
+    if not isinstance(rows[0].get(name, 0), str | list | None):
+        fail(f"there is no column {' or '.join(names)} with text or messages: row 1 has {list(rows[0])}")
+    return name
+
+
+def encode_rows(encode_row, rows, split):  # [shared]
+    """What encode_row makes of each row, on all cores. A row for which it raises ValueError is left out; one
+    line says how many are, why, and which is the first. If most are, the data set is refused."""
+    kept = []
+    left_out = defaultdict(list)  # why: row numbers
+
+    def attempt(row):
+        try:
+            return encode_row(row), None
+        except ValueError as why:
+            return None, str(why)
+
+    with ThreadPoolExecutor() as pool:
+        results = tqdm(pool.map(attempt, rows), f"{split} rows", len(rows), disable=None, leave=False)
+        for number, (example, why) in enumerate(results, 1):
+            if why:
+                left_out[why].append(number)
+            else:
+                kept.append(example)
+    reasons = [f"; {len(numbers):,} {why} (first: row {numbers[0]})" for why, numbers in left_out.items()]
+    line = f"{split}: {len(kept):,} of {len(rows):,} rows{''.join(reasons)}"
+    if len(kept) < len(rows) / 2:
+        fail(line)
+    print(line)
+    return kept
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: `column` after `prompt`, or a dialogue in it, `messages` or hh-rlhf's `chosen`."""
-    name = next((name for name in (column, "messages", "chosen") if name in row), column)
-    chat = row.get(name)
-    if isinstance(chat, str) and chat:
-        *before, reply = [chat] if "prompt" in row else chat.rsplit("\n\nAssistant:", 1)
-        chat = [{"role": "user", "content": text + "\n\nAssistant:"} for text in before]
-        role = "user" if name == "prompt" else "assistant"
-        chat.append({"role": role, "content": reply.strip() if before else reply})
-    if not (isinstance(chat, list) and chat and all(isinstance(turn.get("content"), str) for turn in chat)):
-        fail(f"{row['where']}: {name} must be text, or messages of role and content (text): {list(row)}")
-    if name != "prompt" and "prompt" in row and chat[0]["role"] == "assistant":
+    """Messages of a row: of `column`, after those of `prompt`. ValueError says why a row is left out."""
+    chat = row.get(column)
+    if not chat:
+        raise ValueError(f"with no {column}")
+    if isinstance(chat, str) and (column == "prompt" or "prompt" in row):
+        chat = [{"role": "user" if column == "prompt" else "assistant", "content": chat}]
+    elif isinstance(
+        chat, str
+    ):  # a dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
+        before, marker, reply = chat.rpartition("\n\nAssistant:")
+        prompt = {"role": "user", "content": before + marker}
+        chat = [prompt, {"role": "assistant", "content": reply.strip()}]
+    for message in chat:
+        content = isinstance(message, dict) and "role" in message and message.get("content")
+        if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
+            raise ValueError(f"with no role and content (text) in a message of {column}")
+    if column not in ("prompt", "messages") and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
 
 
-def render(tokenizer, row, messages, **options):  # [shared]
-    """Ids of a chat, as the tokenizer's own chat template writes it (BOS too, where there is one)."""
-    return tokenizer.apply_chat_template(messages, tools=row.get("tools"), return_dict=False, **options)
+def render(tokenizer, row, chat, **options):  # [shared]
+    """Text of a chat, as the tokenizer's own template writes it. ValueError says why a row is left out."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    text = f"{chat} {tools}"
+    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or another turn
+        if token in text:
+            raise ValueError(f"with {token} in the text")
+    try:
+        return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"refused by the chat template ({error})") from error
 
 
-def encode(tokenizer, end_ids, row, column):  # [shared]
-    """Ids of the prompt as the policy will see it, and those that the chat template adds for the response."""
-    chat = read_chat(row, column)
-    roles = [message["role"] for message in chat[-2:]]
-    if roles not in (["user", "assistant"], ["tool", "assistant"]):
-        fail(f"{row['where']}: it must end with messages of user and assistant, not {roles}: {list(row)}")
-    prompt_ids = render(tokenizer, row, chat[:-1], add_generation_prompt=True)
-    ids = render(tokenizer, row, chat)
-    same = len(os.path.commonprefix([prompt_ids, ids]))
-    if same < len(prompt_ids):
-        alone = tokenizer.decode(prompt_ids[same:])
-        fail(f"{row['where']}: the prompt's end {alone!r} becomes {tokenizer.decode(ids[same:])!r} in a chat")
-    response_ids = [*ids[same:], tokenizer.eos_token_id]  # in case the template writes no end
-    end = next(i for i, token in enumerate(response_ids, 1) if token in end_ids)
-    return prompt_ids, response_ids[:end]
+def encode(tokenizer, end_ids, row, *columns, max_length=math.inf):  # [shared]
+    """[prompt ids, response ids for each of `columns`]: the prompt as the policy will see it, and what the
+    chat template adds for a response, to the end of its turn. ValueError says why a row is left out."""
+    chats = [read_chat(row, column) for column in columns]
+    prompt = chats[0][:-1]
+    for *before, last in chats:
+        if not before or before[-1]["role"] not in ("user", "tool") or last["role"] != "assistant":
+            raise ValueError("that do not end with messages of user and assistant")
+        if before != prompt or not (last["content"] or last.get("tool_calls")):
+            raise ValueError("with two prompts or an empty response")
+    texts = [render(tokenizer, row, chat) for chat in chats]
+    texts.append(render(tokenizer, row, prompt, add_generation_prompt=True))
+    *sides, prompt_ids = tokenizer(texts, add_special_tokens=False).input_ids
+    example = [prompt_ids]
+    for ids in sides:
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise ValueError("whose chat does not begin with the prompt's tokens")
+        response_ids = [*ids[len(prompt_ids) :], tokenizer.eos_token_id]  # in case the template writes no end
+        end = next(i for i, token in enumerate(response_ids, 1) if token in end_ids)
+        if len(prompt_ids) + end > max_length:
+            raise ValueError("longer than --max_length")
+        if response_ids[:end] in example[1:]:
+            raise ValueError("with the same response twice")
+        example.append(response_ids[:end])
+    return example
+
+
+def load_pairs(tokenizer, end_ids, args, split):
+    """Pairs of a split, each (chosen ids, rejected ids), the prompt included in both."""
+    rows = load_rows(args.dataset_name, split)
+    columns = [find_column(rows, "chosen"), find_column(rows, "rejected")]
+
+    def encode_pair(row):
+        prompt, chosen, rejected = encode(tokenizer, end_ids, row, *columns, max_length=args.max_length)
+        return prompt + chosen, prompt + rejected
+
+    return encode_rows(encode_pair, rows, split)
 
 
 def find_end_ids(model, tokenizer):  # [shared]
@@ -333,33 +428,58 @@ def find_end_ids(model, tokenizer):  # [shared]
     return sorted(ends - {None})
 
 
-def load_pretrained(auto_class, path, new_weights=(), **options):  # [shared]
-    """(model in fp32, tokenizer). A weight missing from the file would silently be random."""
-    if path.startswith("runs/") and not Path(path, "config.json").exists():
+def load_pretrained(auto_class, path, head=None, **options):  # [shared]
+    """(model in fp32, tokenizer), or of a causal model's folder a classifier with the new weight `head`."""
+    check_name(path, "model")
+    if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
-    wrong = (info["missing_keys"] | info["unexpected_keys"]) - {*new_weights}
+    trust = {"trust_remote_code": False}  # else a folder with code of its own asks on standard input
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **trust)
+    if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+        # The file as it stands: Transformers 5, 5.24 too, rebuilds GPT2Tokenizer, Qwen2Tokenizer and others
+        # by their class, without the file's pre-tokenizer: other ids than the model was trained on.
+        tokenizer_class = transformers.PreTrainedTokenizerFast
+        tokenizer = tokenizer_class.from_pretrained(path, eos_token=tokenizer.eos_token)
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, info = auto_class.from_pretrained(path, **trust, **options)
+    # A weight missing from the file would silently be random. The causal head is left over in a classifier
+    wrong = info["missing_keys"] - {head} if head else info["missing_keys"] | info["unexpected_keys"]
     if wrong:
         fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {sorted(wrong)[:4]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # harmless: masks come from lengths
+    if (tokenizer.pad_token_id or math.inf) >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
     return model, tokenizer
 
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
     """Refuse too short a context, or a family whose logits are not output_layer(backbone), like Gemma 2."""
-    pair = {"input_ids": [min(rows, key=len), max(rows, key=len)]}  # ragged
-    pair = tokenizer.pad(pair, padding_side="right", return_tensors="pt")
-    length = pair.input_ids.shape[1] + extra
-    if length > getattr(model.config.get_text_config(), "max_position_embeddings", length):
-        fail(f"sequences of {length} tokens exceed the model's context; lower the length limits")
-    ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
-    difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
-    if difference.abs().max() > 1e-2:
-        fail(f"model family {model.config.model_type} is not supported: it changes its logits afterwards")
+    config = model.config.get_text_config()
+    check_context(config, max(map(len, rows)) + extra)
+    if getattr(config, "output_router_logits", False):
+        print("note: the config asks for a router loss (output_router_logits), which is not trained here")
+    pair = [min(rows, key=len)[:16], max(rows, key=len)[:32]]  # ragged
+    pair = tokenizer.pad({"input_ids": pair}, padding_side="right", return_tensors="pt")
+    if model.base_model is not model:
+        ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
+        difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
+        if difference.abs().max() < 1e-2:
+            return
+    fail(f"model family {config.model_type} is not supported: no backbone, or logits changed afterwards")
+
+
+def check_context(config, length):  # [shared]
+    """Refuse rows that a model has no positions for, or whose length changes RoPE's frequencies (longrope):
+    then a row's log-probs would depend on the longest row of its batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = getattr(config, "max_position_embeddings", None) or length
+    if rope.get("rope_type") == "longrope":
+        limit = rope["original_max_position_embeddings"]
+    if length > limit:
+        kind = rope.get("rope_type", "no RoPE")
+        fail(f"sequences of {length} tokens exceed the context of {limit} ({kind}); lower the length limits")
 
 
 def load_checkpoint(args, inputs, changeable=()):  # [shared]
@@ -370,13 +490,16 @@ def load_checkpoint(args, inputs, changeable=()):  # [shared]
         fail(f"--output_dir {folder} is the folder of an input model; name another")
     if not args.resume and not args.overwrite and any(folder.glob("*")):
         fail(f"--output_dir {folder} is not empty; --resume its run, --overwrite it, or name another")
+    if args.resume and not path.exists() and (folder / "config.json").exists():
+        fail(f"{folder} holds a model but no checkpoint to resume from; name another")
     if not args.resume or not path.exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
     changeable += ("output_dir", "resume", "overwrite", "track", "eval_steps", "save_steps")
     for name, old in state["args"].items():
-        if name not in changeable and getattr(args, name) != old:
-            fail(f"--{name} {getattr(args, name)}: it was {old} in {folder}; give that, or another folder")
+        new = getattr(args, name, "no flag of this stage")
+        if name not in changeable and new != old:
+            fail(f"--{name} {new}: it was {old} in {folder}; give that, or another folder")
     return state
 
 
@@ -395,12 +518,34 @@ def open_logs(args, state, *names):  # [shared]
     return logs
 
 
-def save_checkpoint(args, logs, model, optimizer, progress):  # [shared]
+def check_data(args, state, data_hash):  # [shared]
+    """Refuse to resume on other data: the batches would be others."""
+    if state["data_hash"] != data_hash:
+        fail(f"the data have changed since the checkpoint in {args.output_dir}; name another folder")
+
+
+def start_tracking(args, state):  # [shared]
+    """A Weights & Biases run; a run that is resumed continues its own."""
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", "ppo_rlhf")
+    run_id = state and state["run_id"]
+    return wandb.init(project=project, name=args.output_dir, config=asdict(args), id=run_id, resume="allow")
+
+
+def write_row(file, row):  # [shared]
+    """One line of JSON; tensors become numbers."""
+    file.write(json.dumps(row, default=float) + "\n")
+
+
+def save_checkpoint(args, logs, model, optimizer, progress, data_hash, run):  # [shared]
     """Write a new file, then rename it: a run that is killed at any moment has a valid checkpoint."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "progress": progress,
+        "data_hash": data_hash,
+        "run_id": run and run.id,
         "args": asdict(args),
         "log_sizes": [os.path.getsize(log.name) for log in logs],
     }
@@ -414,4 +559,7 @@ if __name__ == "__main__":
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        fail("stopped; the same command with --resume continues from the newest checkpoint")
