@@ -298,13 +298,15 @@ def main(args):
     end_ids = find_end_ids(policy, tokenizer)
     train = load_prompts(tokenizer, args, args.dataset_train_split)
     test = load_prompts(tokenizer, args, args.dataset_test_split)
-    check_model(policy, tokenizer, [prompt.ids for prompt in train + test], T)
+    prompt_ids = [prompt.ids for prompt in train + test]
+    data_hash = check_data(state, prompt_ids)
+    check_model(policy, tokenizer, prompt_ids, T)
     if not can_be_sampled(policy):
         fail(f"model family {policy.config.model_type} keeps no keys and values that the sampler could use")
     reward_model = None
     if args.reward_model_path:
         reward_model = load_reward_model(args.reward_model_path, tokenizer).to(device)
-        check_context(reward_model.config, max(len(prompt.ids) for prompt in train + test) + T)
+        check_context(reward_model.config, max(map(len, prompt_ids)) + T)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA: the output layer, in fp32, needs no more
 
     # ---- what is trained, and the frozen reference ----
@@ -335,9 +337,7 @@ def main(args):
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     last_update = 0
     beta = args.beta
-    data_hash = hash(tuple(hash(tuple(prompt.ids)) for prompt in train))  # the same in every process
     if state:
-        check_data(args, state, data_hash)
         trained.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         last_update, beta, score_mean, score_std = state["progress"]
@@ -653,19 +653,11 @@ def fail(message):  # [shared]
 
 def check_flags(args):
     """Refuse flags with which a run would learn nothing, or stop halfway."""
-    steps = ("num_ppo_epochs", "num_mini_batches", "num_generations", "per_device_train_batch_size")
-    sizes = (
-        "total_episodes",
-        "batch_size",
-        "rollout_batch_size",
-        "max_new_tokens",
-        "eval_steps",
-        "save_steps",
-    )
-    positive = (*steps, *sizes, "temperature", "cliprange", "cliprange_value")
-    check_numbers(args, positive, signed=("missing_eos_penalty", "length_penalty"))
-    if args.gamma > 1 or args.lam > 1 or (args.adaptive_kl_target and not args.beta):
-        fail("--gamma and --lam must be at most 1, and --beta above 0 with --adaptive_kl_target")
+    check_numbers(args)
+    if not args.temperature or (args.adaptive_kl_target and not args.beta):
+        fail("--temperature must be above 0, and --beta too with --adaptive_kl_target")
+    if args.gamma > 1 or args.lam > 1:
+        fail("--gamma and --lam must be at most 1")
     if args.batch_size % args.num_mini_batches or args.batch_size % args.num_generations:
         fail("--batch_size must be a multiple of --num_mini_batches and of --num_generations")
     if args.total_episodes % args.batch_size:
@@ -674,11 +666,13 @@ def check_flags(args):
         fail("--reward_model_path is empty, so the score is a rule of yours: write it into reward_fn")
 
 
-def check_numbers(args, positive, signed=()):  # [shared]
-    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had."""
+def check_numbers(args):  # [shared]
+    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had: counts of
+    things and steps must be at least 1, all else at least 0. 0 as a default stands for "none" or "choose"."""
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and name not in signed:
-            if value < 0 or (value == 0 and name in positive):
+        if type(value) in (int, float) and name not in ("max_steps", "missing_eos_penalty", "length_penalty"):
+            is_count = isinstance(value, int) and getattr(Args, name) and name not in ("warmup_steps", "seed")
+            if value < (1 if is_count else 0):
                 fail(f"--{name} {value} is too small")
 
 
@@ -692,7 +686,8 @@ def find_device():  # [shared]
 
 
 def check_name(name, kind):  # [shared]
-    """Refuse a name that is neither a folder nor on the Hub, before libraries look for it for a minute."""
+    """Refuse a name that is neither a folder nor on the Hub. Libraries would look for it there for a minute,
+    or, without a network, take what another project left in a cache under that name."""
     try:
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
@@ -701,7 +696,8 @@ def check_name(name, kind):  # [shared]
 
 
 def load_rows(name, split):  # [shared]
-    """Rows of a data set, exactly as {name}/{split}.jsonl has them, or as `datasets` reads other formats."""
+    """Rows of a data set: those of {name}/{split}.jsonl exactly as they stand, a null or a date too, so that
+    a rule can rely on them; or of a data set on the Hub or in another format, as `datasets` reads it."""
     check_name(name, "dataset")
     path = Path(name, f"{split}.jsonl")
     rows = []
@@ -715,9 +711,9 @@ def load_rows(name, split):  # [shared]
             rows = json.loads(text, object_hook=without_none)
             rows = [dict.fromkeys(table.column_names) | row for row in rows]
     except Exception as error:
-        fail(f"{name}: split {split} cannot be read, at row {len(rows) + 1}: {error} {error.__cause__ or ''}")
+        fail(f"{name}, {split}: row {len(rows) + 1} cannot be read: {error} {error.__cause__ or ''}")
     if not rows:
-        fail(f"{name}: split {split} has no rows")
+        fail(f"{name}, {split}: there are no rows")
     return rows
 
 
@@ -735,8 +731,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """What encode_row makes of each row, on all cores. A row for which it raises ValueError is left out; one
-    line says how many are, why, and which is the first. If most are, the data set is refused."""
+    """What encode_row makes of each row, on all cores, as tokenizing takes the time. Of other people's rows a
+    few are always odd: one for which it raises ValueError is left out rather than end the run, and one line
+    says how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -762,7 +759,8 @@ def encode_rows(encode_row, rows, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: of `column`, after those of `prompt`. ValueError says why a row is left out."""
+    """Messages of a row: those of `column`, after those of `prompt` if they do not hold them. No other column
+    is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
     if not chat:
         raise ValueError(f"with no {column}")
@@ -784,17 +782,18 @@ def read_chat(row, column):  # [shared]
 
 
 def render(tokenizer, row, chat, **options):  # [shared]
-    """Text of a chat, as the tokenizer's own template writes it. ValueError says why a row is left out."""
+    """Text of a chat, as the tokenizer's own chat template writes it: the form that the model was trained on,
+    or will be. ValueError says why a row is left out."""
     tools = row.get("tools") or None
     if isinstance(tools, str):
         tools = json.loads(tools)
     text = f"{chat} {tools}"
-    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or another turn
+    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or as another turn
         if token in text:
             raise ValueError(f"with {token} in the text")
     try:
         return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # whatever a template raises: it may ask for roles in turns, or know no system
         raise ValueError(f"refused by the chat template ({error})") from error
 
 
@@ -861,10 +860,9 @@ def load_reward_model(path, tokenizer):
     model, own = load_pretrained(transformers.AutoModelForSequenceClassification, path)
     if model.num_labels != 1 or not hasattr(model, "score"):
         fail(f"{path} is not a reward model: a classifier with one label, read by its layer `score`")
-    ids = own.get_vocab()
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    texts = [one.chat_template and one.apply_chat_template(chat, tokenize=False) for one in (own, tokenizer)]
-    if texts[0] != texts[1] or any(ids.get(token, i) != i for token, i in tokenizer.get_vocab().items()):
+    texts = [each.apply_chat_template(chat, tokenize=False) for each in (own, tokenizer)]
+    if texts[0] != texts[1] or not tokenizer.get_vocab().items() <= own.get_vocab().items():
         fail(f"{path}: the reward model has a different tokenizer or chat template")
     return model
 
@@ -949,10 +947,12 @@ def open_logs(args, state, *names):  # [shared]
     return logs
 
 
-def check_data(args, state, data_hash):  # [shared]
-    """Refuse to resume on other data: the batches would be others."""
-    if state["data_hash"] != data_hash:
-        fail(f"the data have changed since the checkpoint in {args.output_dir}; name another folder")
+def check_data(state, sequences):  # [shared]
+    """A hash of the data's ids. Refuses to resume on other data, as the batches would be others."""
+    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of numbers: the same in every process
+    if state and state["data_hash"] != data_hash:
+        fail("the data have changed since the checkpoint; name another --output_dir")
+    return data_hash
 
 
 def start_tracking(args, state):  # [shared]

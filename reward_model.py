@@ -54,7 +54,7 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     seed: int = 1  # of the new head, the order of the pairs and dropout
     # ---- logging and checkpoints ----
-    eval_steps: int = 500  # steps between evaluations on the held-out pairs
+    eval_steps: int = 2000  # steps between evaluations on the held-out pairs, besides the one at the end
     save_steps: int = 100  # steps between checkpoints
     track: bool = False  # log to Weights & Biases
     resume: bool = False  # resume from the checkpoint in output_dir
@@ -82,7 +82,8 @@ def hidden_states(model, ids):  # [shared]
 
 
 def shuffled_batches(lengths, size, count, seed):  # [shared]
-    """`count` batches of row numbers, epoch by epoch; in each, rows of similar length, for little padding."""
+    """`count` batches of row numbers, epoch by epoch, each epoch in another order. Rows of similar length
+    come together, for little padding: pools of 16 batches are drawn at random, sorted by length and cut."""
     lengths = torch.tensor(lengths)
     batches = []
     epoch = 0
@@ -128,12 +129,13 @@ def evaluate(model, pairs, size, device):
 
 
 def main(args):
-    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps")
-    check_numbers(args, positive, signed=["max_steps"])
+    check_numbers(args)
     state = load_checkpoint(args, [args.model_name_or_path])
     device = find_device()
     torch.manual_seed(args.seed)
-    # 1. Model: the SFT model's backbone with a new scalar head
+
+    # 1. Model: the SFT model's backbone with a new scalar head. A model that can write a response has learned
+    # most of what it takes to judge one (Stiennon et al. 2020, section 3.4).
     sft, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, args.model_name_or_path)
     end_ids = find_end_ids(sft, tokenizer)
     if type(sft.config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
@@ -147,10 +149,13 @@ def main(args):
     width = model.score.in_features
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
 
-    # 2. Pairs
+    # 2. Pairs: two responses to one prompt. Ids of both end with the token that ends a turn, where the score
+    # is read, as it is the first position that has seen all of the response.
     train = load_pairs(tokenizer, end_ids, args, args.dataset_train_split)
     test = load_pairs(tokenizer, end_ids, args, args.dataset_test_split)
-    check_model(sft, tokenizer, [side for pair in train + test for side in pair])
+    sides = [side for pair in train + test for side in pair]
+    data_hash = check_data(state, sides)
+    check_model(sft, tokenizer, sides)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # frozen
     # The stock class reads the score at the last token that is not a pad, so the pad must not be an end
@@ -159,9 +164,10 @@ def main(args):
         model.config.pad_token_id = None
     model.to(device)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
-    # 3. Optimizer and schedule
+    # 3. Optimizer and schedule, as in sft.py. One pass over the pairs is usual (Ouyang et al. 2022, C.2), as a
+    # reward model soon overfits; the small model of the shipped task takes two.
     small = model.num_parameters() < 10e6
     learning_rate = args.learning_rate or (8e-4 if small else 1e-5)
     num_epochs = args.num_train_epochs or (2 if small else 1)
@@ -173,9 +179,7 @@ def main(args):
     batches = shuffled_batches(lengths, batch_size, total_steps * accumulation, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     last_step = 0
-    data_hash = hash(tuple(hash(tuple(ids)) for pair in train for ids in pair))  # the same in every process
     if state:
-        check_data(args, state, data_hash)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         last_step = state["progress"]
@@ -185,7 +189,7 @@ def main(args):
     for step in tqdm(range(last_step + 1, total_steps + 1), "reward model", disable=None):
         # 4. One optimizer step. Dropout is a function of seed and step, so --resume needs no random state.
         torch.manual_seed(args.seed * 2**20 + step)
-        model.train()
+        model.train()  # dropout on, if the model has any
         lr = learning_rate * warmup_cosine(step, args.warmup_steps, total_steps)
         optimizer.param_groups[0]["lr"] = lr
         step_batches = batches[(step - 1) * accumulation : step * accumulation]
@@ -197,12 +201,15 @@ def main(args):
         for micro_batch in micro_batches:
             # [b], [b], [2b, L], [2b, L, d]
             chosen, rejected, ids, hidden = pair_scores(model, micro_batch, device)
-            # Bradley-Terry: a constant added to all scores changes nothing; ppo_rlhf.py sets it
+            # Bradley-Terry: the log-likelihood of the choices. A constant added to all scores changes nothing
+            # here; ppo_rlhf.py sets it.
             margin = chosen - rejected  # [b]
             loss = -F.logsigmoid(margin).sum() / num_pairs
             center_loss = ((chosen + rejected) ** 2).sum() / num_pairs
             total = loss + args.center_coef * center_loss
-            if args.lm_coef > 0:  # next-token prediction on prompt and response of the chosen side
+            # Next-token prediction on prompt and response of the chosen side keeps what the backbone knows of
+            # language, through the SFT model's own output layer.
+            if args.lm_coef > 0:
                 b = len(micro_batch)
                 ends = torch.tensor([len(side) for side, _ in micro_batch], device=device)  # [b]
                 positions = torch.arange(1, ids.shape[1], device=device)  # [L-1]
@@ -220,7 +227,8 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 5. Logging
+        # 5. Logging. Accuracy: the share of pairs in which the chosen response scores higher. On people's labels
+        # 100% is not to be had: InstructGPT's labelers agreed with each other in 73% (Ouyang et al. 2022, 3.4).
         metrics = {
             "step": step,
             "train/loss": step_loss,
@@ -252,11 +260,13 @@ def fail(message):  # [shared]
     raise SystemExit(2)
 
 
-def check_numbers(args, positive, signed=()):  # [shared]
-    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had."""
+def check_numbers(args):  # [shared]
+    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had: counts of
+    things and steps must be at least 1, all else at least 0. 0 as a default stands for "none" or "choose"."""
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and name not in signed:
-            if value < 0 or (value == 0 and name in positive):
+        if type(value) in (int, float) and name not in ("max_steps", "missing_eos_penalty", "length_penalty"):
+            is_count = isinstance(value, int) and getattr(Args, name) and name not in ("warmup_steps", "seed")
+            if value < (1 if is_count else 0):
                 fail(f"--{name} {value} is too small")
 
 
@@ -270,7 +280,8 @@ def find_device():  # [shared]
 
 
 def check_name(name, kind):  # [shared]
-    """Refuse a name that is neither a folder nor on the Hub, before libraries look for it for a minute."""
+    """Refuse a name that is neither a folder nor on the Hub. Libraries would look for it there for a minute,
+    or, without a network, take what another project left in a cache under that name."""
     try:
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
@@ -279,7 +290,8 @@ def check_name(name, kind):  # [shared]
 
 
 def load_rows(name, split):  # [shared]
-    """Rows of a data set, exactly as {name}/{split}.jsonl has them, or as `datasets` reads other formats."""
+    """Rows of a data set: those of {name}/{split}.jsonl exactly as they stand, a null or a date too, so that
+    a rule can rely on them; or of a data set on the Hub or in another format, as `datasets` reads it."""
     check_name(name, "dataset")
     path = Path(name, f"{split}.jsonl")
     rows = []
@@ -293,9 +305,9 @@ def load_rows(name, split):  # [shared]
             rows = json.loads(text, object_hook=without_none)
             rows = [dict.fromkeys(table.column_names) | row for row in rows]
     except Exception as error:
-        fail(f"{name}: split {split} cannot be read, at row {len(rows) + 1}: {error} {error.__cause__ or ''}")
+        fail(f"{name}, {split}: row {len(rows) + 1} cannot be read: {error} {error.__cause__ or ''}")
     if not rows:
-        fail(f"{name}: split {split} has no rows")
+        fail(f"{name}, {split}: there are no rows")
     return rows
 
 
@@ -313,8 +325,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """What encode_row makes of each row, on all cores. A row for which it raises ValueError is left out; one
-    line says how many are, why, and which is the first. If most are, the data set is refused."""
+    """What encode_row makes of each row, on all cores, as tokenizing takes the time. Of other people's rows a
+    few are always odd: one for which it raises ValueError is left out rather than end the run, and one line
+    says how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -340,7 +353,8 @@ def encode_rows(encode_row, rows, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: of `column`, after those of `prompt`. ValueError says why a row is left out."""
+    """Messages of a row: those of `column`, after those of `prompt` if they do not hold them. No other column
+    is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
     if not chat:
         raise ValueError(f"with no {column}")
@@ -362,17 +376,18 @@ def read_chat(row, column):  # [shared]
 
 
 def render(tokenizer, row, chat, **options):  # [shared]
-    """Text of a chat, as the tokenizer's own template writes it. ValueError says why a row is left out."""
+    """Text of a chat, as the tokenizer's own chat template writes it: the form that the model was trained on,
+    or will be. ValueError says why a row is left out."""
     tools = row.get("tools") or None
     if isinstance(tools, str):
         tools = json.loads(tools)
     text = f"{chat} {tools}"
-    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or another turn
+    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or as another turn
         if token in text:
             raise ValueError(f"with {token} in the text")
     try:
         return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # whatever a template raises: it may ask for roles in turns, or know no system
         raise ValueError(f"refused by the chat template ({error})") from error
 
 
@@ -518,10 +533,12 @@ def open_logs(args, state, *names):  # [shared]
     return logs
 
 
-def check_data(args, state, data_hash):  # [shared]
-    """Refuse to resume on other data: the batches would be others."""
-    if state["data_hash"] != data_hash:
-        fail(f"the data have changed since the checkpoint in {args.output_dir}; name another folder")
+def check_data(state, sequences):  # [shared]
+    """A hash of the data's ids. Refuses to resume on other data, as the batches would be others."""
+    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of numbers: the same in every process
+    if state and state["data_hash"] != data_hash:
+        fail("the data have changed since the checkpoint; name another --output_dir")
+    return data_hash
 
 
 def start_tracking(args, state):  # [shared]

@@ -78,7 +78,8 @@ def hidden_states(model, ids):  # [shared]
 
 
 def shuffled_batches(lengths, size, count, seed):  # [shared]
-    """`count` batches of row numbers, epoch by epoch; in each, rows of similar length, for little padding."""
+    """`count` batches of row numbers, epoch by epoch, each epoch in another order. Rows of similar length
+    come together, for little padding: pools of 16 batches are drawn at random, sorted by length and cut."""
     lengths = torch.tensor(lengths)
     batches = []
     epoch = 0
@@ -118,12 +119,15 @@ def chat_template(prompt_template, tokenizer):
 
 
 def main(args):
-    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps")
-    check_numbers(args, (*positive, "temperature", "max_new_tokens"), signed=["max_steps"])
+    check_numbers(args)
+    if not args.temperature:
+        fail("--temperature must be above 0")
     state = load_checkpoint(args, [args.model_name_or_path])
     device = find_device()
     torch.manual_seed(args.seed)
-    # 1. Model and tokenizer
+
+    # 1. Model and tokenizer. A chat template makes one text of a dialogue, with its roles and ends of turns.
+    # A base model has none, so it gets one here; saved with the tokenizer, it serves all stages.
     if args.model_name_or_path == "scratch":  # a Llama of 0.7M parameters
         check_name("data/scratch", "model")
         tokenizer = transformers.AutoTokenizer.from_pretrained("data/scratch")
@@ -135,30 +139,33 @@ def main(args):
         template = args.prompt_template or "Prompt: {prompt}\nResponse:"
         tokenizer.chat_template = chat_template(template, tokenizer)
     end_ids = find_end_ids(model, tokenizer)
-    has_classifier = type(model.config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if not (has_classifier and can_be_sampled(model)):  # said before hours of training, not after them
-        lack = "a cache that the sampler of stage 3 can use" if has_classifier else "a classifier for stage 2"
-        print(
-            f"note: model family {model.config.model_type} can be fine-tuned, but transformers lacks {lack}"
-        )
+    classifiers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(model.config) not in classifiers or not can_be_sampled(model):  # said before hours of training
+        lack = "a classifier for stage 2, or a cache that stage 3 can sample with"
+        print(f"note: {model.config.model_type} can be fine-tuned, but transformers has not {lack}")
 
-    # 2. Data
+    # 2. Data. The loss is on completions alone: the model has to learn to respond, not to write prompts.
     train = load_examples(tokenizer, end_ids, args, args.dataset_train_split)
     test = load_examples(tokenizer, end_ids, args, args.dataset_test_split)
     sequences = [prompt + completion for prompt, completion in train + test]
-    sequences.append(test[0][0] + [0] * args.max_new_tokens)  # as long as the sample can be
-    check_model(model, tokenizer, sequences)
+    data_hash = check_data(state, sequences)
+    longest_sample = test[0][0] + [0] * args.max_new_tokens
+    check_model(model, tokenizer, [*sequences, longest_sample])
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     print(f"for example: {tokenizer.decode(train[0][0])!r} -> {tokenizer.decode(train[0][1])!r}")
     # For `generate`, here and later: the distribution that is trained, without top-k, top-p or penalties
-    plain = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-    ends = {"eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = transformers.GenerationConfig(
-        **plain, **ends, max_new_tokens=args.max_new_tokens
+        do_sample=True,
+        temperature=args.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.to(device)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
     # 3. Optimizer and schedule. AdamW, as in pretraining: Adam scales each weight's step by the size of its
     # gradients; weight decay, a gentle pull to zero, keeps weights small. A small model from scratch takes a
@@ -174,11 +181,7 @@ def main(args):
     batches = shuffled_batches(lengths, batch_size, total_steps * accumulation, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     last_step = 0
-    data_hash = hash(
-        tuple(hash(tuple(ids)) for example in train for ids in example)
-    )  # the same in every process
     if state:
-        check_data(args, state, data_hash)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         last_step = state["progress"]
@@ -202,7 +205,7 @@ def main(args):
             loss = completion_loss(model, examples, device) / num_tokens
             loss.backward()  # gradients add up over micro-batches
             step_loss += loss.detach()
-        # One bad batch must not throw the model off: a longer gradient is scaled down to max_grad_norm
+        # One odd batch must not throw the model off: a longer gradient is scaled down to max_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
         if not grad_norm.isfinite():
             fail(f"step {step}: gradient not finite: check the data, or restart with a lower learning rate")
@@ -212,7 +215,7 @@ def main(args):
         # 5. Logging. If the held-out loss rises while train/loss falls, the model memorizes: fewer epochs
         metrics = {
             "step": step,
-            "train/loss": step_loss,
+            "train/loss": step_loss,  # nats per token
             "grad_norm": grad_norm,
             "lr": lr,
         }
@@ -244,11 +247,13 @@ def fail(message):  # [shared]
     raise SystemExit(2)
 
 
-def check_numbers(args, positive, signed=()):  # [shared]
-    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had."""
+def check_numbers(args):  # [shared]
+    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had: counts of
+    things and steps must be at least 1, all else at least 0. 0 as a default stands for "none" or "choose"."""
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and name not in signed:
-            if value < 0 or (value == 0 and name in positive):
+        if type(value) in (int, float) and name not in ("max_steps", "missing_eos_penalty", "length_penalty"):
+            is_count = isinstance(value, int) and getattr(Args, name) and name not in ("warmup_steps", "seed")
+            if value < (1 if is_count else 0):
                 fail(f"--{name} {value} is too small")
 
 
@@ -262,7 +267,8 @@ def find_device():  # [shared]
 
 
 def check_name(name, kind):  # [shared]
-    """Refuse a name that is neither a folder nor on the Hub, before libraries look for it for a minute."""
+    """Refuse a name that is neither a folder nor on the Hub. Libraries would look for it there for a minute,
+    or, without a network, take what another project left in a cache under that name."""
     try:
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
@@ -271,7 +277,8 @@ def check_name(name, kind):  # [shared]
 
 
 def load_rows(name, split):  # [shared]
-    """Rows of a data set, exactly as {name}/{split}.jsonl has them, or as `datasets` reads other formats."""
+    """Rows of a data set: those of {name}/{split}.jsonl exactly as they stand, a null or a date too, so that
+    a rule can rely on them; or of a data set on the Hub or in another format, as `datasets` reads it."""
     check_name(name, "dataset")
     path = Path(name, f"{split}.jsonl")
     rows = []
@@ -285,9 +292,9 @@ def load_rows(name, split):  # [shared]
             rows = json.loads(text, object_hook=without_none)
             rows = [dict.fromkeys(table.column_names) | row for row in rows]
     except Exception as error:
-        fail(f"{name}: split {split} cannot be read, at row {len(rows) + 1}: {error} {error.__cause__ or ''}")
+        fail(f"{name}, {split}: row {len(rows) + 1} cannot be read: {error} {error.__cause__ or ''}")
     if not rows:
-        fail(f"{name}: split {split} has no rows")
+        fail(f"{name}, {split}: there are no rows")
     return rows
 
 
@@ -305,8 +312,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """What encode_row makes of each row, on all cores. A row for which it raises ValueError is left out; one
-    line says how many are, why, and which is the first. If most are, the data set is refused."""
+    """What encode_row makes of each row, on all cores, as tokenizing takes the time. Of other people's rows a
+    few are always odd: one for which it raises ValueError is left out rather than end the run, and one line
+    says how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -332,7 +340,8 @@ def encode_rows(encode_row, rows, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: of `column`, after those of `prompt`. ValueError says why a row is left out."""
+    """Messages of a row: those of `column`, after those of `prompt` if they do not hold them. No other column
+    is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
     if not chat:
         raise ValueError(f"with no {column}")
@@ -354,17 +363,18 @@ def read_chat(row, column):  # [shared]
 
 
 def render(tokenizer, row, chat, **options):  # [shared]
-    """Text of a chat, as the tokenizer's own template writes it. ValueError says why a row is left out."""
+    """Text of a chat, as the tokenizer's own chat template writes it: the form that the model was trained on,
+    or will be. ValueError says why a row is left out."""
     tools = row.get("tools") or None
     if isinstance(tools, str):
         tools = json.loads(tools)
     text = f"{chat} {tools}"
-    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or another turn
+    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or as another turn
         if token in text:
             raise ValueError(f"with {token} in the text")
     try:
         return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # whatever a template raises: it may ask for roles in turns, or know no system
         raise ValueError(f"refused by the chat template ({error})") from error
 
 
@@ -514,10 +524,12 @@ def open_logs(args, state, *names):  # [shared]
     return logs
 
 
-def check_data(args, state, data_hash):  # [shared]
-    """Refuse to resume on other data: the batches would be others."""
-    if state["data_hash"] != data_hash:
-        fail(f"the data have changed since the checkpoint in {args.output_dir}; name another folder")
+def check_data(state, sequences):  # [shared]
+    """A hash of the data's ids. Refuses to resume on other data, as the batches would be others."""
+    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of numbers: the same in every process
+    if state and state["data_hash"] != data_hash:
+        fail("the data have changed since the checkpoint; name another --output_dir")
+    return data_hash
 
 
 def start_tracking(args, state):  # [shared]
