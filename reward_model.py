@@ -10,6 +10,7 @@ be noise in stage 3: centering keeps the scores of all prompts around 0.
 Sources: Christiano et al. 2017, section 2.2.3; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, 3.5.
 """
 
+import functools
 import json
 import math
 import os
@@ -166,8 +167,8 @@ def main(args):
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
-    # 3. Optimizer and schedule, as in sft.py. One pass over the pairs is usual (Ouyang et al. 2022, C.2), as a
-    # reward model soon overfits; the small model of the shipped task takes two.
+    # 3. Optimizer and schedule, as in sft.py. One pass over the pairs is usual (Ouyang et al. 2022, C.2), as
+    # a reward model soon overfits; the small model of the shipped task takes two.
     small = model.num_parameters() < 10e6
     learning_rate = args.learning_rate or (8e-4 if small else 1e-5)
     num_epochs = args.num_train_epochs or (2 if small else 1)
@@ -227,8 +228,8 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 5. Logging. Accuracy: the share of pairs in which the chosen response scores higher. On people's labels
-        # 100% is not to be had: InstructGPT's labelers agreed with each other in 73% (Ouyang et al. 2022, 3.4).
+        # 5. Logging. Accuracy: the share of pairs in which the chosen response scores higher. On people's
+        # labels 100% is not to be had: InstructGPT's labelers agreed in 73% (Ouyang et al. 2022, 3.4).
         metrics = {
             "step": step,
             "train/loss": step_loss,
@@ -286,7 +287,7 @@ def check_name(name, kind):  # [shared]
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
     except Exception as error:
-        fail(f"{name} is neither a folder here nor a {kind} on the Hub ({error})")
+        fail(f"{name} is neither a folder here nor the name of a {kind} on the Hub; give either ({error})")
 
 
 def load_rows(name, split):  # [shared]
@@ -298,7 +299,8 @@ def load_rows(name, split):  # [shared]
     try:
         if path.exists():
             for line in open(path, encoding="utf-8"):
-                rows.append(json.loads(line))
+                if line.strip():
+                    rows.append(dict(json.loads(line)))
         else:
             table = datasets.load_dataset(name, split=split)
             text = json.dumps(table.to_list(), default=str)
@@ -356,14 +358,16 @@ def read_chat(row, column):  # [shared]
     """Messages of a row: those of `column`, after those of `prompt` if they do not hold them. No other column
     is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
-    if not chat:
-        raise ValueError(f"with no {column}")
+    if not chat or not isinstance(chat, str | list):
+        raise ValueError(f"with no text or messages in {column}")
     if isinstance(chat, str) and (column == "prompt" or "prompt" in row):
         chat = [{"role": "user" if column == "prompt" else "assistant", "content": chat}]
     elif isinstance(
         chat, str
     ):  # a dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
         before, marker, reply = chat.rpartition("\n\nAssistant:")
+        if not before:
+            raise ValueError("with no prompt")
         prompt = {"role": "user", "content": before + marker}
         chat = [prompt, {"role": "assistant", "content": reply.strip()}]
     for message in chat:
@@ -382,13 +386,19 @@ def render(tokenizer, row, chat, **options):  # [shared]
     if isinstance(tools, str):
         tools = json.loads(tools)
     text = f"{chat} {tools}"
-    for token in tokenizer.all_special_tokens:  # it would be read as the end of a turn, or as another turn
+    for token in control_tokens(tokenizer):
         if token in text:
             raise ValueError(f"with {token} in the text")
     try:
         return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
     except Exception as error:  # whatever a template raises: it may ask for roles in turns, or know no system
         raise ValueError(f"refused by the chat template ({error})") from error
+
+
+@functools.cache
+def control_tokens(tokenizer):  # [shared]
+    """Tokens such as <|im_end|>, which in a text would be read as the end of its turn, or as another turn."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def encode(tokenizer, end_ids, row, *columns, max_length=math.inf):  # [shared]
@@ -399,7 +409,7 @@ def encode(tokenizer, end_ids, row, *columns, max_length=math.inf):  # [shared]
     for *before, last in chats:
         if not before or before[-1]["role"] not in ("user", "tool") or last["role"] != "assistant":
             raise ValueError("that do not end with messages of user and assistant")
-        if before != prompt or not (last["content"] or last.get("tool_calls")):
+        if before != prompt or not (last.get("content") or last.get("tool_calls")):
             raise ValueError("with two prompts or an empty response")
     texts = [render(tokenizer, row, chat) for chat in chats]
     texts.append(render(tokenizer, row, prompt, add_generation_prompt=True))
@@ -463,7 +473,8 @@ def load_pretrained(auto_class, path, head=None, **options):  # [shared]
         fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {sorted(wrong)[:4]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
-    if (tokenizer.pad_token_id or math.inf) >= model.get_input_embeddings().num_embeddings:
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
     return model, tokenizer
 
