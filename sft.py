@@ -345,7 +345,8 @@ def read_chat(row, column):  # [shared]
     """Messages of a row: those of `column`, after those of `prompt` if they do not hold them. No other column
     is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
-    if not chat or not isinstance(chat, str | list):
+    kinds = list if column == "messages" else str | list
+    if not chat or not isinstance(chat, kinds):
         raise ValueError(f"with no text or messages in {column}")
     if isinstance(chat, str) and (column == "prompt" or "prompt" in row):
         chat = [{"role": "user" if column == "prompt" else "assistant", "content": chat}]
