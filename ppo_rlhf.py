@@ -89,9 +89,7 @@ class Args:
     warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
     num_mini_batches: int = 8  # optimizer steps per pass
-    per_device_train_batch_size: int = (
-        16  # episodes per forward pass: memory only, same gradient up to rounding
-    )
+    per_device_train_batch_size: int = 16  # episodes per forward pass; same gradient up to rounding
     cliprange: float = 0.2  # the ratio of new to old probability is clipped to 1 +- cliprange
     cliprange_value: float = 0.2  # how far a value may move from the rollout's in one update
     vf_coef: float = 0.1  # weight of the value loss; matters if policy and values share a backbone
@@ -241,10 +239,9 @@ def forward(model, ids, starts, labels, temperature, entropy_coef=0.0, critic=No
     value_states = hidden = response_states(model, ids, starts, T)  # [b, T, d]
     logits = model.get_output_embeddings()(hidden) / temperature  # [b, T, V]
     all_logprobs = logits.log_softmax(-1)  # [b, T, V]
-    detached = (
-        all_logprobs if entropy_coef else all_logprobs.detach()
-    )  # only logged: no gradient, less memory
-    entropy = -(detached.exp() * detached).sum(-1)  # [b, T]
+    # Without a bonus the entropy is only logged: no gradient, less memory
+    logprobs = all_logprobs if entropy_coef else all_logprobs.detach()  # [b, T, V]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)  # [b, T]
     if critic is not None:
         value_states = response_states(critic, ids, starts, T)  # [b, T, d]
     return all_logprobs.gather(-1, labels[..., None]).squeeze(-1), entropy, value_states
@@ -276,8 +273,7 @@ def score(reward_model, tokenizer, batch, prompts, size):
         mb_scores = reward_fn(reward_model, tokenizer, ids, starts, batch.lengths[mb_rows], data_rows)
         mb_scores = torch.as_tensor(mb_scores, dtype=torch.float32, device=scores.device)  # [b]
         if mb_scores.shape != mb_rows.shape:  # one number would be spread over all, and teach nothing
-            shapes = f"[{len(ids)}], not {list(mb_scores.shape)}"
-            fail(f"reward_fn must return one number per response: {shapes}")
+            fail(f"reward_fn must return one number per response, [{len(ids)}]: {list(mb_scores.shape)}")
         scores[mb_rows] = mb_scores
     return scores
 
@@ -534,10 +530,8 @@ def main(args):
     scale = torch.tensor([score_mean, score_std])  # of scores and values; the critic is in checkpoint/
     save_file({**value_head.state_dict(), "score_scale": scale}, output_dir / "value_head.safetensors")
     results = [{"prompt": prompt.shown} for prompt in test]
-    for name, model in (
-        ("sft", reference),
-        ("ppo", policy),
-    ):  # the reference is the SFT model, unless a fork moves it
+    # The reference is the SFT model; a fork that moves it needs another copy here
+    for name, model in (("sft", reference), ("ppo", policy)):
         torch.manual_seed(args.seed)  # the same random numbers for both
         for start in range(0, len(test), B):
             prompts = test[start : start + B]
