@@ -4,6 +4,7 @@ The models have random weights so large that their predictions depend strongly o
 shifted position id or a token seen through a mask changes log-probs in the first digit.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -52,6 +53,22 @@ def seed():
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
+
+
+@pytest.fixture
+def refused(capsys):
+    """A context that must end with status 2 and one line on stderr, which has these words."""
+
+    @contextlib.contextmanager
+    def check(words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            yield
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        assert words in error, error
+
+    return check
 
 
 def tiny_config(family, width=32, positions=96, dropout=0.0, **other):
