@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import EOS, read_jsonl, save, tiny_config, tiny_model, tiny_tokenizer
+from conftest import EOS, read_jsonl, save, tiny_config, tiny_model, tiny_reward_model
+from test_rows import LLAMA3, byte_tokenizer
 from test_sft import BYTES, FLAGS, NAMES, TEXTS, check_defaults, check_run, ids, load, record, write_data
 from test_sft import here as here  # a fixture
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PhiConfig
@@ -54,6 +55,7 @@ def test_training_is_the_oracles(family, lm, center, monkeypatch, capsys):
     make_base(family)
     write_data([*DROPPED, *ROWS[1:], LONGEST], [*HELD_OUT, *DROPPED])
     flags = FLAGS | {"lm_coef": lm, "center_coef": center, "gradient_checkpointing": lm == 0}
+    flags |= {"max_grad_norm": 0.5 if lm else 0.0}
     steps = record(reward_model, "pair_scores", monkeypatch, **flags)
     pairs = [pair(row) for row in [*ROWS[1:], LONGEST]]
     out = capsys.readouterr().out
@@ -81,7 +83,7 @@ def test_training_is_the_oracles(family, lm, center, monkeypatch, capsys):
         return loss + center * torch.stack(centers).mean() + lm * torch.cat(tokens).mean()
 
     metrics = read_jsonl("out/metrics.jsonl")
-    check_run(steps, model, oracle_loss, metrics, pairs, lambda sides: max(map(len, sides)), lm == 0)
+    check_run(steps, model, oracle_loss, metrics, pairs, lambda sides: max(map(len, sides)), flags)
     for n in (4, 6):
         load(model, steps[n - 1].after)
         with torch.no_grad():
@@ -113,8 +115,9 @@ def by_hand(margins):
 
 
 def test_held_out_figures_by_hand(monkeypatch):
-    """Margins from sure to undecided, right and wrong in one bin, a tie; the last batch is partial."""
-    margins = "0.05 -0.1 0.3 0.35 -0.33 1.0 -1.1 1.05 2.0 -2.1 2.2 4.0 30.0 0.0 -0.31 0.9 -3.0"
+    """Margins from sure to undecided, right and wrong in one bin, a tie, confidence 1 in the last bin; the
+    last batch is partial."""
+    margins = "0.05 -0.1 0.3 0.35 -0.33 1.0 -1.1 1.05 2.0 -2.1 2.2 4.0 -30.0 0.0 -0.31 0.9 -3.0"
     margins = [float(margin) for margin in margins.split()]
     pairs = [([i], []) for i in range(len(margins))]
     sizes = []
@@ -134,13 +137,9 @@ def test_held_out_figures_by_hand(monkeypatch):
         assert float(figures[name]) == pytest.approx(wanted[name], abs=1e-5), name
 
 
-@pytest.mark.parametrize("pad_is_eos", [False, True])
-def test_scores_of_a_batch(family, pad_is_eos):
-    """Sides of other lengths in one batch against the stock class on each alone, of five families. A saved
-    model gives the stock class a pad to read before, but not if that is EOS, which belongs to the
-    sequence."""
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(tiny_config(family, num_labels=1)).eval()
+def test_scores_of_a_batch(family):
+    """Sides of other lengths in one batch against the stock class on each alone."""
+    model = tiny_reward_model(family)
     pairs = [([5, 6, 0, 50, EOS], [9, 1, EOS]), ([3, EOS], [3, 10, 11, 12, 13, 14, EOS])]
     with torch.no_grad():
         chosen, rejected, padded, hidden = reward_model.pair_scores(model, pairs, "cpu")
@@ -148,22 +147,25 @@ def test_scores_of_a_batch(family, pad_is_eos):
         alone = [[score(model, side)[0].item() for side in sides] for sides in zip(*pairs)]
     assert [chosen.tolist(), rejected.tolist()] == [pytest.approx(sides, abs=1e-5) for sides in alone]
     assert padded.shape == (4, 7) and hidden.shape[:2] == (4, 7)
-    if family == "llama":
-        save(tiny_model(family), tiny_tokenizer(pad_is_eos), "base")
-        write_data(ROWS, ROWS)
-        reward_model.main(reward_model.Args(**NAMES, max_steps=1))
-        stock = AutoModelForSequenceClassification.from_pretrained("out").eval()
-        assert stock.config.pad_token_id == (None if pad_is_eos else 0)
-        classify = transformers.pipeline("text-classification", model="out")
-        text = tiny_tokenizer(pad_is_eos)("good<eos>", return_tensors="pt")
-        raw = stock(input_ids=text.input_ids).logits.item()  # not its sigmoid
-        assert classify("good<eos>")[0]["score"] == pytest.approx(raw, abs=1e-5)
-        sides = [side for row in ROWS[:3] for side in pair(row)]
-        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(side) for side in sides], batch_first=True)
-        with torch.no_grad():
-            single = [stock(input_ids=torch.tensor([side])).logits.item() for side in sides]
-            if not pad_is_eos:
-                assert stock(input_ids=rows).logits[:, 0].tolist() == pytest.approx(single, abs=1e-5)
+
+
+@pytest.mark.parametrize("pad, saved", [("<pad>", 0), ("<eos>", None), ("<|eot_id|>", None)])
+def test_stock_classes_read_the_same_score(pad, saved):
+    """A saved model gives the stock class a pad to read before, but not if that is an end, EOS or a turn's,
+    which belongs to the sequence; `pipeline` shows the score itself, not its sigmoid."""
+    tokenizer = byte_tokenizer(chat=LLAMA3)
+    tokenizer.pad_token = pad
+    save(tiny_model("llama", vocab_size=300), tokenizer, "base")
+    write_data(ROWS, ROWS)
+    reward_model.main(reward_model.Args(**NAMES, max_steps=1))
+    stock = AutoModelForSequenceClassification.from_pretrained("out").eval()
+    assert stock.config.pad_token_id == saved
+    side = tokenizer("good<|eot_id|>").input_ids
+    with torch.no_grad():
+        (ours,), *_ = reward_model.pair_scores(stock, [(side, side)], "cpu")
+        assert stock(input_ids=torch.tensor([side])).logits.item() == pytest.approx(ours.item(), abs=1e-5)
+    classify = transformers.pipeline("text-classification", model="out")
+    assert classify("good<|eot_id|>")[0]["score"] == pytest.approx(ours.item(), abs=1e-5)
 
 
 def test_the_new_head_and_the_defaults(monkeypatch):
@@ -183,32 +185,3 @@ def test_the_new_head_and_the_defaults(monkeypatch):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     make_base("gpt2")
     check_defaults(reward_model, monkeypatch, (8e-4, 1e-5), (2, 1))
-
-
-def test_whole_dialogues(capsys):
-    """Chosen and rejected as continuations of `prompt` or as whole dialogues, with and without `prompt`, in
-    text (Anthropic/hh-rlhf) or as messages: the same ids."""
-    user, good, bad = (
-        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "g"), ("assistant", "b"))
-    )
-    rows = [
-        {"prompt": "a", "chosen": "g", "rejected": "b"},
-        {"prompt": [user], "chosen": [good], "rejected": [bad]},
-        {"prompt": [user], "chosen": [user, good], "rejected": [user, bad]},
-        {"chosen": [user, good], "rejected": [user, bad]},
-        {"prompt": "a", "chosen": [good], "rejected": "b"},
-    ]
-    for row in rows:
-        for side, reply in (("chosen", " g"), ("rejected", " b")):
-            wanted = ids("Q: a\nA:"), [*ids(reply), EOS]
-            assert reward_model.encode(BYTES, [EOS], {**row, "where": "row 1"}, side) == wanted
-    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    row = {"chosen": f"{start} g\n\nand more", "rejected": f"{start} b \n", "where": "row 1"}
-    for side, reply in (("chosen", " g\n\nand more"), ("rejected", " b")):
-        assert reward_model.encode(BYTES, [EOS], row, side) == (ids(f"Q: {start}\nA:"), [*ids(reply), EOS])
-    rows = [[f"\n\nHuman: {x}\n\nAssistant: {y}" for x, y in sides] for sides in (("ab", "ac"), ("ab", "db"))]
-    rows = [dict(zip(("chosen", "rejected"), row)) for row in rows]
-    make_base("gpt2")
-    write_data(rows, rows)
-    reward_model.main(reward_model.Args(**NAMES, max_steps=1))
-    assert "train: 1 of 2" in capsys.readouterr().out  # the prompts of the other two differ

@@ -1,36 +1,23 @@
 """Stage 1 against an oracle: float64, stock classes, one unpadded sequence at a time."""
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EOS, read_jsonl, save, tiny_model, tiny_tokenizer, write_jsonl
+from conftest import EOS, REPOSITORY, read_jsonl, save, tiny_model, tiny_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import sft
 
 BYTES = tiny_tokenizer()
-TEXTS = [
-    "b",
-    "an",
-    "cat",
-    "dogs",
-    "eagle",
-    "ferret",
-    "giraffe",
-    "hedgehog",
-    "impala gg",
-    "jackals jj",
-    "kangaroos k",
-]
+TEXTS = "b,an,cat,dogs,eagle,ferret,giraffe,hedgehog,impala gg,jackals jj,kangaroos k".split(",")
 ROWS = [{"prompt": text, "completion": "fine " * (i % 4) + "ok"} for i, text in enumerate(TEXTS)]
 SCHEDULE = [1 / 3, 2 / 3, 1, 0.75, 0.25, 0]  # six steps, of which three are warm-up
 NAMES = {"model_name_or_path": "base", "dataset_name": "data", "output_dir": "out"}
 FLAGS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
-FLAGS |= {"warmup_steps": 3, "weight_decay": 0.3, "max_grad_norm": 0.5, "learning_rate": 0.01}
+FLAGS |= {"warmup_steps": 3, "weight_decay": 0.3, "learning_rate": 0.01}
 FLAGS |= {"eval_steps": 4, "max_length": 40}
 
 
@@ -55,7 +42,7 @@ def record(stage, loss_name, monkeypatch, **flags):
         return real_loss(model, examples, device)
 
     def hidden_states(model, ids):
-        modes.append((torch.is_grad_enabled(), model.training, model.is_gradient_checkpointing))
+        modes.append((torch.is_grad_enabled(), model.training, model.is_activation_checkpointing))
         return real_states(model, ids)
 
     class AdamW(torch.optim.AdamW):
@@ -78,9 +65,10 @@ def record(stage, loss_name, monkeypatch, **flags):
     return steps
 
 
-def check_run(steps, model, oracle_loss, metrics, examples, length, checkpointing):
+def check_run(steps, model, oracle_loss, metrics, examples, length, flags):
     """Gradients are the oracle's, clipped; parameters after a step are those of AdamW with that gradient."""
-    lr, decay, clip = (FLAGS[name] for name in ("learning_rate", "weight_decay", "max_grad_norm"))
+    lr, decay = flags["learning_rate"], flags["weight_decay"]
+    clip = flags["max_grad_norm"] or float("inf")
     m = [torch.zeros_like(p) for p in model.parameters()]
     v = [torch.zeros_like(p) for p in model.parameters()]
     clipped = 0
@@ -105,7 +93,7 @@ def check_run(steps, model, oracle_loss, metrics, examples, length, checkpointin
             torch.testing.assert_close(step.after[i].double(), updated, atol=2e-6, rtol=1e-5)
         if n < len(steps):
             assert all(torch.equal(a, b) for a, b in zip(step.after, steps[n].before))
-    assert clipped >= 4
+    assert clipped >= 4 or not flags["max_grad_norm"]
     # Every example once an epoch, in batches of similar length, whose order differs between epochs
     batches = [batch for step in steps for batch in step.micro_batches]
     examples = sorted(examples, key=length)
@@ -116,7 +104,7 @@ def check_run(steps, model, oracle_loss, metrics, examples, length, checkpointin
     # Dropout is on in every training step, also after an evaluation, and off in evaluation
     modes = steps[-1].modes
     assert {mode[:2] for mode in modes} == {(True, True), (False, False)}
-    assert {mode[2] for mode in modes if mode[0]} == {checkpointing}
+    assert {mode[2] for mode in modes if mode[0]} == {flags["gradient_checkpointing"]}
 
 
 def load(model, parameters):
@@ -130,7 +118,7 @@ def ids(text):
 
 
 def example(row):
-    return ids(f"Q: {row['prompt']}\nA:"), [*ids(f" {row['completion']}"), EOS]
+    return [ids(f"Q: {row['prompt']}\nA:"), [*ids(f" {row['completion']}"), EOS]]
 
 
 def token_losses(model, pair):
@@ -142,24 +130,21 @@ def token_losses(model, pair):
 
 def make_base(family, bf16=False):
     model = tiny_model(family)
-    odd = {
-        "do_sample": True,
-        "top_k": 7,
-        "repetition_penalty": 1.5,
-    }  # as many have it; not of what is saved here
-    model.generation_config = GenerationConfig(**odd)
+    # As many have it; nothing of this is saved
+    model.generation_config = GenerationConfig(do_sample=True, top_k=7, repetition_penalty=1.5)
     save(model.bfloat16() if bf16 else model, BYTES, "base")
 
 
-@pytest.mark.parametrize("family, bf16, checkpointing", [("gpt2", False, False), ("llama", True, True)])
-def test_training_is_the_oracles(family, bf16, checkpointing, monkeypatch):
+@pytest.mark.parametrize("family, odd", [("gpt2", False), ("llama", True)])
+def test_training_is_the_oracles(family, odd, monkeypatch):
     """Six steps of two micro-batches over two epochs: order, gradients of the mean over the step's completion
-    tokens, learning rates, AdamW with decay and clipping, figures. One example is as long as --max_length."""
-    make_base(family, bf16)
+    tokens, learning rates, AdamW with decay and clipping, figures. One example is as long as --max_length.
+    The odd one is in bf16 on disk, recomputes activations and does not clip."""
+    make_base(family, bf16=odd)
     long, fits = ({"prompt": "x", "completion": "y" * n} for n in (32, 31))  # with template and EOS 41, 40
     rows = [*ROWS[:-1], fits, long]
     write_data(rows, [*ROWS[::-2][:5], long])
-    flags = FLAGS | {"gradient_checkpointing": checkpointing, "max_new_tokens": 4}
+    flags = FLAGS | {"gradient_checkpointing": odd, "max_new_tokens": 4, "max_grad_norm": 0.0 if odd else 0.5}
     steps = record(sft, "completion_loss", monkeypatch, **flags)
     model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float64).eval()
     metrics = read_jsonl("out/metrics.jsonl")
@@ -171,7 +156,7 @@ def test_training_is_the_oracles(family, bf16, checkpointing, monkeypatch):
         return loss
 
     examples = [example(row) for row in rows[:-1]]
-    check_run(steps, model, oracle_loss, metrics, examples, lambda pair: len(sum(pair, [])), checkpointing)
+    check_run(steps, model, oracle_loss, metrics, examples, lambda pair: len(sum(pair, [])), flags)
     for n in range(1, 7):
         assert ("eval/loss" in metrics[n - 1]) == (n in (4, 6))
         if n in (4, 6):
@@ -188,31 +173,20 @@ def test_training_is_the_oracles(family, bf16, checkpointing, monkeypatch):
 
 
 def test_order_of_the_data():
-    """A function of the seed alone; every row once an epoch; epochs differ; batches are of similar length."""
+    """Of more rows than one pool: every row once an epoch, in batches of similar length that come in any
+    order."""
     lengths = [(17 * i) % 101 + 1 for i in range(203)]
-    batches = sft.shuffled_batches(lengths, 4, 3 * 51 - 2, 5)
-    rows = [batch.tolist() for batch in batches]
-    assert rows == [batch.tolist() for batch in sft.shuffled_batches(lengths, 4, 3 * 51 - 2, 5)]
-    assert rows[:51] != [batch.tolist() for batch in sft.shuffled_batches(lengths, 4, 51, 7)]
-    epochs = [rows[:51], rows[51:102], rows[102:]]
-    assert len(epochs[2]) == 49 and [len(batch) for batch in epochs[0]].count(4) == 50
-    for epoch in epochs[:2]:
-        assert sorted(sum(epoch, [])) == [*range(203)]
-    sets = [{frozenset(batch) for batch in epoch} for epoch in epochs]
-    assert len(sets[0] & sets[1]) < 5 and len(sets[0] & sets[2]) < 5
+    rows = [batch.tolist() for batch in sft.shuffled_batches(lengths, 4, 2 * 51 - 1, 5)]
+    assert [len(batch) for batch in rows[:51]].count(4) == 50 and sorted(sum(rows[:51], [])) == [*range(203)]
     spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in rows]
     assert sum(spread) / len(spread) < 12  # at random about 60
-    longest = [max(lengths[i] for i in batch) for batch in epochs[0]]
-    assert longest != sorted(longest) and max(longest[:25]) > 90 and min(longest[:25]) < 20
+    assert len({*map(frozenset, rows[:51])} & {*map(frozenset, rows[51:])}) < 5 and len(rows) == 101
 
 
-def test_schedule_by_hand():
-    """Linear to the peak at the last step of the warm-up, half a cosine to zero at the last step of all."""
-    assert [sft.warmup_cosine(i, 4, 8) for i in (1, 2, 4)] == [0.25, 0.5, 1.0]
-    assert sft.warmup_cosine(5, 4, 8) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
-    assert sft.warmup_cosine(6, 4, 8) == pytest.approx(0.5) and sft.warmup_cosine(8, 4, 8) == pytest.approx(0)
-    assert sft.warmup_cosine(1, 0, 2) == pytest.approx(0.5) and sft.warmup_cosine(3, 3, 3) == 1.0
-    assert sft.warmup_cosine(2, 9, 3) == pytest.approx(2 / 9)
+def test_schedule_without_warmup_or_decay():
+    assert [sft.warmup_cosine(*steps) for steps in ((1, 0, 2), (3, 3, 3), (2, 9, 3))] == pytest.approx(
+        [0.5, 1, 2 / 9]
+    )
 
 
 def check_defaults(stage, monkeypatch, rates, epochs):
@@ -241,31 +215,25 @@ def test_defaults_by_size(monkeypatch):
     check_defaults(sft, monkeypatch, (3e-3, 1e-5), (6, 2))
 
 
-def test_what_is_trained_on(capsys):
-    """`messages`, and hh-rlhf's `chosen` in text, are demonstrations too; the first example is shown."""
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    chat = [{"role": role, "content": content} for role, content in turns]
-    end_ids, where = [EOS], {"where": "row 1"}
-    expected = ids("Q: a\nA: b") + [EOS] + ids("Q: c\nA:"), [*ids(" d"), EOS]
-    assert sft.encode(BYTES, end_ids, {**where, "messages": chat}, "completion") == expected
-    assert (
-        sft.encode(BYTES, end_ids, {**where, "prompt": chat[:3], "completion": chat[3:]}, "completion")
-        == expected
-    )
-    assert (
-        sft.encode(BYTES, end_ids, {**where, "prompt": chat[:3], "completion": "d"}, "completion") == expected
-    )
-    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d\n"
-    wanted = ids("Q: \n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:\nA:"), expected[1]
-    assert sft.encode(BYTES, end_ids, {**where, "chosen": text, "rejected": "x"}, "completion") == wanted
-    # An end inside of a completion ends it; one that the template does not write is added
-    open_ended = tiny_tokenizer(chat=True)
-    wanted = ids("[user] a\n[assistant] "), [*ids("b\n"), EOS]
-    assert sft.encode(open_ended, end_ids, {**where, "messages": chat[:2]}, "completion") == wanted
-    row = {**where, "prompt": "a", "completion": "b<eos>c"}
-    assert sft.encode(BYTES, end_ids, row, "completion") == (ids("Q: a\nA:"), [*ids(" b"), EOS])
-    make_base("gpt2")
-    write_data([{"messages": chat}, {"messages": chat[2:]}], [{"messages": chat[2:]}])
-    sft.main(sft.Args(**NAMES, max_steps=1, max_new_tokens=2, max_length=12))
-    out = capsys.readouterr().out
-    assert "train: 1 of 2" in out and "'Q: c\\nA:' -> ' d<eos>'" in out
+def test_every_id_is_learned():
+    """0 as any other, if a tokenizer has a word there; the prompt's ids are not."""
+    model = tiny_model("llama")
+    pairs = [([5, 0, 6], [0, 7, 0, EOS]), ([3], [9, 0])]
+    losses = torch.cat([token_losses(model, pair) for pair in pairs])
+    assert sft.completion_loss(model, pairs, "cpu").item() == pytest.approx(losses.sum().item(), rel=1e-5)
+
+
+def test_weights_from_scratch_depend_on_the_seed(monkeypatch):
+    """Catches a model that is made before its seed is set."""
+    monkeypatch.chdir(REPOSITORY)
+    weights = []
+
+    def find_end_ids(model, tokenizer):
+        weights.append(next(model.parameters()).clone())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft, "find_end_ids", find_end_ids)
+    for seed in (1, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            sft.main(sft.Args(seed=seed, output_dir="never"))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
