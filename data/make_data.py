@@ -1,6 +1,6 @@
 """Write the data set of the shipped task: the same bytes on every machine.
 
-    python data/make_data.py [--output_dir data] [--rotation 0]
+    python data/make_data.py [--output_dir data] [--rotation 0] [--held_out_topics 0]
 
 Demonstrations are answers of mixed quality, as humans write them. Preference pairs are answers that
 a model samples while it is trained, its typical errors among them, labelled by a noisy human: a
@@ -34,6 +34,7 @@ class Style(NamedTuple):
 
 
 HUMAN, BETTER = Style(**world.HUMAN), Style(**world.BETTER)
+HELD_OUT = set()  # topics of --held_out_topics
 STEP_WORDS = sorted({word for steps in TOPICS.values() for step in steps for word in step.split(" ")})
 
 
@@ -103,7 +104,7 @@ def compose(dice, topic, style):
 
 
 def another(dice, topic):
-    return dice.pick([t for t in TOPICS if t != topic])
+    return dice.pick([t for t in TOPICS if t != topic and t not in HELD_OUT])
 
 
 def say(dice, kind):
@@ -304,9 +305,9 @@ def make_rows(rotation):
             ("prompts", lambda dice, prompt, topic: {"prompt": prompt}, 1),
         ):
             dice = Dice(f"{SEED + rotation} {folder} {split}")  # else a rotation had the same answers again
-            rows = [
-                make_row(dice, prompt, topic) for prompt, topic in prompts.items() for _ in range(per_prompt)
-            ]
+            left_out = HELD_OUT if split == "train" and folder != "demonstrations" else ()
+            kept = [item for item in prompts.items() if item[1] not in left_out]
+            rows = [make_row(dice, prompt, topic) for prompt, topic in kept for _ in range(per_prompt)]
             tables[folder, split] = dice.shuffled(rows)
     return tables
 
@@ -315,9 +316,15 @@ def main():
     parser = argparse.ArgumentParser(description="Write the data set of the shipped task.")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--rotation", type=int, choices=range(4), default=0, help="which quarter is held out")
+    parser.add_argument(
+        "--held_out_topics", type=int, default=0, help="so many topics are in no training pair or prompt"
+    )
     args = parser.parse_args()
-    if args.rotation and args.output_dir == parser.get_default("output_dir"):
-        parser.error("--rotation: with an --output_dir, or it would replace the shipped files")
+    changed = args.rotation or args.held_out_topics
+    if changed and args.output_dir == parser.get_default("output_dir"):
+        parser.error("--rotation, --held_out_topics: with an --output_dir, or they replace the shipped files")
+    every = len(TOPICS) / max(args.held_out_topics, 1)
+    HELD_OUT.update(list(TOPICS)[int((i + 0.5) * every)] for i in range(args.held_out_topics))
     total = 0
     for (folder, split), rows in make_rows(args.rotation).items():
         path = args.output_dir / folder / f"{split}.jsonl"

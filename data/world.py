@@ -4,7 +4,7 @@ is worth, and how people answer.
 Constants only. `make_data.py` composes demonstrations and preference pairs from them, `judge.py`
 recognises them again. The words are few and plain, so that a tokenizer of 1,024 entries spells
 most of them in one token and a model of less than a million parameters learns the language in minutes.
-Another world is another file of these names: `benchmark/second_world.py`.
+Another world is another file of these names: `data/second_world.py`.
 """
 
 # ruff: noqa: E501

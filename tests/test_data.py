@@ -96,8 +96,9 @@ def test_second_world(tmp_path):
     """It has every constant of the shipped world, no topic, phrasing or sentence of it, and its folder holds
     what the stages and benchmarks take from data/: with --world, common.py has its judge and prompts."""
     folder = tmp_path / "second"
-    constants = REPOSITORY / "benchmark/second_world.py"
-    done = run(constants.parent / "make_world.py", "--output_dir", folder, "--constants", constants)
+    constants = DATA / "second_world.py"
+    flags = ("--constants", constants, "--held_out_topics", 6)
+    done = run(DATA / "make_world.py", "--output_dir", folder, *flags)
     assert done.returncode == 0, done.stderr
     second = runpy.run_path(str(folder / "data/world.py"))
     for name, value in vars(world).items():
@@ -110,6 +111,11 @@ def test_second_world(tmp_path):
     assert not {*said} & {*gold.KIND_OF_SENTENCE} and not {*steps} & {*gold.TOPIC_OF_STEP}
     assert {*COLUMNS, "scratch", "judge.py"} <= {path.name for path in (folder / "data").iterdir()}
     assert (folder / "sft.py").samefile(REPOSITORY / "sft.py")
+    rows = {name: read_jsonl(folder / f"data/{name}/train.jsonl") for name in COLUMNS}
+    texts = {name: " ".join(text for row in own for text in row.values()) for name, own in rows.items()}
+    for name, count in (("demonstrations", 32), ("preferences", 26)):  # 6 of the 32 are held out
+        assert sum(any(step in texts[name] for step in steps) for steps in second["TOPICS"].values()) == count
+    assert len(rows["prompts"]) == 26 * 9
     code = "import common; print(common.gold_judge.BEST, len(common.held_out()), common.BASELINES)"
     line = [sys.executable, "-c", code, "--world", folder]
     done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY / "benchmark")
