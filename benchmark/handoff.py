@@ -12,14 +12,23 @@ Our reward model reads its score at the EOS, which TRL's GRPO and RLOO take off 
 forms are compared: prompts in text, without the EOS; prompts as messages, where the reward model's chat
 template writes it again; and `score_ids`, a reward function that sees the ids that were sampled. The second
 is enough if the template ends with the EOS, the pad is another token, and the response was not cut off.
+
+    pip download --no-deps openrlhf==0.11.2 && unzip openrlhf-*.whl
+    trl_env/bin/python benchmark/handoff.py --openrlhf openrlhf-0.11.2.data/purelib      # needs peft as well
+
+compares with OpenRLHF's own loader of reward models instead, what needs a GPU in it replaced by stubs. It
+loads in bf16 or fp16 alone; scores must agree in fp32, which is put in.
 """
 
 import argparse
+import importlib.machinery
 import json
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import torch
 import transformers
@@ -98,7 +107,7 @@ def compare(form, scores, rows, must_agree=True):
         apart = (pair[1] - pair[0]).abs().mean() / pair[0].std()
         correlation = pair.argsort(1).argsort(1).double().corrcoef()[0, 1]
         show(f"    {policy}: mean {apart:.1e} standard deviations apart, rank correlation {correlation:.4f}")
-    assert not must_agree or worst < 1e-4, f"{form}: TRL scores the same responses differently"
+    assert not must_agree or worst < 1e-4, f"{form}: other scores for the same responses"
 
 
 def check_get_reward(reward_model, tokenizer, rows):
@@ -136,6 +145,30 @@ def check_calculate_rewards(name, trainer, tokenizer, rows):
     compare(f"{name}, score_ids", scores[..., 1], rows)
 
 
+def check_openrlhf(source, base, tokenizer, rows):
+    """OpenRLHF's reward model, on left-padded ids as its trainer has them."""
+    import peft  # noqa: F401  before the stubs, which it would take for the real packages
+    import transformers.integrations.deepspeed  # noqa: F401
+
+    sys.path.insert(0, str(source))
+    for name in ("deepspeed", "flash_attn", "flash_attn.bert_padding", "flash_attn.utils.distributed"):
+        sys.modules[name] = stub = MagicMock()
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    from openrlhf.models import get_llm_for_sequence_regression
+    from openrlhf.utils import utils
+
+    ids = [row["prompt_ids"] + row["completion_ids"] for row in rows]
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+    for name, must_agree in (("bf16", False), ("fp32", True)):
+        if must_agree:
+            utils.convert_to_torch_dtype = lambda name: torch.float32
+        options = {"attn_implementation": "sdpa"}  # the default wants flash_attn
+        model = get_llm_for_sequence_regression(str(base / "reward_model"), "reward", **options).eval()
+        with torch.no_grad():
+            scores = model(batch.input_ids, batch.attention_mask).float()
+        compare(f"OpenRLHF, {name}", scores, rows, must_agree)
+
+
 def train(name, trainer, *keys):
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
@@ -152,7 +185,12 @@ def main():
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--base_dir", type=Path, default=Path(__file__).resolve().parent.parent / "runs")
-    base = parser.parse_args().base_dir.resolve()
+    parser.add_argument("--openrlhf", type=Path, help="compare with its loader alone, in this folder")
+    args = parser.parse_args()
+    base = args.base_dir.resolve()
+    if args.openrlhf:
+        tokenizer = AutoTokenizer.from_pretrained(base / "sft")
+        return check_openrlhf(args.openrlhf, base, tokenizer, read_responses(base, tokenizer))
     import trl  # only here, as make_score_ids works without it
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -202,6 +240,8 @@ def main():
         )
         check_calculate_rewards(name, trainer, tokenizer, rows)
         train(name, trainer, "rewards/reward_model/mean", "rewards/score_ids/mean")
+    if torch.distributed.is_initialized():  # or a process may abort as it ends, and the launcher says FAILED
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

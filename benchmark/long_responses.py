@@ -38,7 +38,7 @@ VARIANTS = {  # name: (patches, flags)
     "PPO": ((), ""),
     "lambda 0.95": ((), "--lam 0.95"),
     "shared backbone": ((), "--no-separate_critic"),
-    "no value head": (("forks/no_value_head",), ""),
+    "no value head": ((), "--no-separate_critic --vf_coef 0"),
 }
 
 
@@ -104,7 +104,8 @@ def judged(folder):
         "kl": last["objective/kl"],
         "length": last["response_length"],
         "explained_variance": last.get("val/explained_variance"),
-        "seconds": float((folder / "wall_seconds").read_text()),
+        "seconds": common.seconds_of(folder),
+        **common.stamp(folder),
     }
 
 
@@ -157,7 +158,7 @@ def main():
             jobs[name, seed] = common.ppo_job(folder, base, seed, *words, script=script, dataset_name=data)
     common.run_all(list(jobs.values()), args.parallel, "ppo")
     rows = [{"variant": name, "seed": seed, **judged(job[0])} for (name, seed), job in jobs.items()]
-    write_jsonl(args.output_dir / "long_responses.jsonl", rows)
+    common.write_results(args.output_dir / "long_responses.jsonl", rows)
     print_table(rows)
 
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT, job, read_jsonl, run_once, write_jsonl
+from common import RESULTS, ROOT, job, read_jsonl, run_once, stamp, write_jsonl, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FLAGS = {
@@ -86,9 +86,9 @@ def main():
             print(f"seed {seed}, {folder.name}: {minutes:.0f} min, log in {folder}.log", flush=True)
         rows = read_jsonl(ppo / "eval.jsonl")
         for row in rows:
-            row["prompt"] = row["prompt"][0]["content"]  # the judge knows prompts as texts
+            row |= {"prompt": row["prompt"][0]["content"], **stamp(ppo)}  # the judge knows prompts as texts
         results.append(args.output_dir / f"real_model_seed{seed}.jsonl")
-        write_jsonl(results[-1], rows)
+        write_results(results[-1], rows)
     raise SystemExit(subprocess.run([sys.executable, ROOT / "data/judge.py", *results]).returncode)
 
 

@@ -1,18 +1,25 @@
-"""Does the reward model's score track the judge? By the number of pairs it saw, and along PPO.
+"""Does the reward model's score track the judge? By the number of pairs it saw, along PPO, error by error.
 
     python benchmark/reward_quality.py --seeds 1 2 3
+    python benchmark/reward_quality.py --errors --seeds 1 2 3 4 5
 
 (1) reward_model.py is trained on the first 500, 1,000, ... pairs with default flags otherwise: the fewer
 pairs, the fewer steps. Of each: accuracy, loss and expected calibration error on the held-out pairs, and
 Spearman's rank correlation with the gold score over SFT samples. (2) Policies along PPO runs at two betas,
 made with the reward model of all pairs: scores, gold scores and their rank correlation, by KL. Update 0 is
-the SFT model.
+the SFT model. Both go to reward_quality.jsonl.
+
+--errors, to errors.jsonl: answers to the held-out prompts, and the same with one thing changed, an error or
+an edit of make_data.py. The share that the reward model ranks as the judge does, without noise, and how much
+its score differs for a point of the judge's (in standard deviations over SFT responses). An error that it
+does not know is one that PPO makes.
 
 Reads --base_dir: seed1/{sft,reward_model} and so on, and beta_sweep/seed1/beta_0.1 and so on with the
 checkpoints they kept (beta_sweep.py's); all are made where they are missing.
 """
 
 import common
+import make_data
 import torch
 from judge import judge, spearman
 from tqdm import tqdm
@@ -34,26 +41,73 @@ def by_pairs(folder, models, texts, samples):
     return {**figures, "rank_correlation": correlation, "responses": len(rows)}
 
 
+def changed_pairs(count):
+    """{name of an error or edit: [(prompt, better, worse, difference in gold score)]}"""
+    dice = make_data.Dice("errors")
+    prompts = make_data.split_prompts()["test"].items()
+    pairs = {}
+    for change in [*make_data.ERRORS, *make_data.EDITS]:
+        for prompt, topic in [*prompts] * count:
+            before = make_data.compose(dice, topic, make_data.BETTER)
+            answers = [" ".join(make_data.write(x)) for x in (before, change(dice, topic, before))]
+            golds = [judge(prompt, answer)["score"] for answer in answers]
+            if golds[0] != golds[1]:
+                worse, better = (answer for _, answer in sorted(zip(golds, answers)))
+                kind = change.__name__.replace("_", " ")
+                name = "courtesy or rudeness" if kind == "edit" else kind
+                pairs.setdefault(name, []).append((prompt, better, worse, abs(golds[0] - golds[1])))
+    return pairs
+
+
 @torch.no_grad()
-def accuracy(model, tokenizer, rows, end_ids):
-    """Share of pairs whose chosen side the reward model scores higher."""
-    pairs = []
-    for row in rows:
-        sides = [sft.encode(tokenizer, end_ids, row, side) for side in ("chosen", "rejected")]
-        pairs.append([prompt + response for prompt, response in sides])
-    return float(stage2.evaluate(model, pairs, 64, "cpu")["eval/accuracy"])
+def margins(models, pairs):
+    """Score of the better side minus the worse one's, of each pair."""
+    end_ids = stage2.find_end_ids(models.reference, models.tokenizer)
+    sides = []
+    for prompt, better, worse, _ in pairs:
+        row = {"prompt": prompt, "chosen": better, "rejected": worse}
+        prompt_ids, *responses = sft.encode(models.tokenizer, end_ids, row, "chosen", "rejected")
+        sides.append([prompt_ids + response for response in responses])
+    found = []
+    for i in range(0, len(sides), 64):
+        chosen, rejected, _, _ = stage2.pair_scores(models.reward_model, sides[i : i + 64], "cpu")
+        found += ((chosen - rejected) / models.std).tolist()
+    return found
+
+
+def by_error(args):
+    """A row a change and seed."""
+    rows = []
+    for seed in args.seeds:
+        models = common.load(args.base_dir / f"seed{seed}")
+        for name, pairs in changed_pairs(2).items():
+            found = margins(models, pairs)
+            row = {"change": name, "seed": seed, "pairs": len(pairs)}
+            row |= {"right": common.mean(x > 0 for x in found)}
+            row |= {"margin": sum(found) / sum(difference for *_, difference in pairs)}
+            rows.append(row)
+    common.write_results(args.output_dir / "errors.jsonl", rows)
+    table = []
+    for name in dict.fromkeys(row["change"] for row in rows):
+        own = [row for row in rows if row["change"] == name]
+        spreads = (common.spread((row[key] for row in own), ".2f") for key in ("right", "margin"))
+        table.append([name, own[0]["pairs"], *spreads])
+    common.print_table(["change", "pairs", "ranked right", "score for a point of gold"], table)
 
 
 def main():
     parser = common.parser(__doc__)
     add = parser.add_argument
+    add("--errors", action="store_true", help="which errors it knows, instead of the rest")
     add("--pairs", type=int, nargs="+", default=[500, 1000, 2000, 4500, 9000])
     add("--betas", nargs="+", default=["0.1", "0"])
     add("--total_episodes", type=int, default=Args.total_episodes, help="of a PPO run that is missing")
     add("--samples", type=int, default=4, help="responses judged to each held-out prompt")
     args = parser.parse_args()
-    everything = len(common.read_jsonl(PAIRS / "train.jsonl"))
     common.baselines(args.base_dir, args.seeds, args.parallel)
+    if args.errors:
+        return by_error(args)
+    everything = len(common.read_jsonl(PAIRS / "train.jsonl"))
     folders = {}
     jobs = []
     ppo = {}
@@ -84,7 +138,7 @@ def main():
         for pairs in args.pairs:
             figures = by_pairs(folders[pairs, seed], models, texts, args.samples)
             sizes.append({"pairs": pairs, "seed": seed, **figures})
-    common.write_jsonl(args.output_dir / "reward_quality.jsonl", [*sizes, *runs])
+    common.write_results(args.output_dir / "reward_quality.jsonl", [*sizes, *runs])
 
     test = common.read_jsonl(PAIRS / "test.jsonl")
     golds = [[judge(row["prompt"], row[side])["score"] for side in ("chosen", "rejected")] for row in test]

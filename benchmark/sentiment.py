@@ -14,7 +14,18 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT, job, make_copy, mean, print_table, read_jsonl, run_once, write_jsonl
+from common import (
+    RESULTS,
+    ROOT,
+    job,
+    make_copy,
+    mean,
+    print_table,
+    read_jsonl,
+    run_once,
+    stamp,
+    write_results,
+)
 from real_model import from_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,13 +73,14 @@ def main():
     for row in read_jsonl(run / "metrics.jsonl"):
         figures = {"kl": row["objective/kl"], "sentiment": sentiment(row["objective/scores"])}
         figures["seconds"] = sum(row[f"time/{phase}"] for phase in ("rollout", "score", "update"))
-        curve.append({"update": row["update"], **figures})
+        curve.append({"update": row["update"], **figures, **stamp(run)})
     responses = read_jsonl(run / "eval.jsonl")
     for row in responses:
         for name in ("sft", "ppo"):
             row[f"{name}_sentiment"] = sentiment(row.pop(f"{name}_score"))
-    write_jsonl(args.output_dir / "sentiment.jsonl", responses)
-    write_jsonl(args.output_dir / "sentiment_curve.jsonl", curve)
+        row |= stamp(run)
+    write_results(args.output_dir / "sentiment.jsonl", responses)
+    write_results(args.output_dir / "sentiment_curve.jsonl", curve)
     print("Each update's rollout, by the policy before the update:\n")
     cells = [(row["update"], f"{row['kl']:z.2f}", f"{row['sentiment']:z.2f}") for row in curve]
     print_table(("update", "KL, nats", "sentiment"), cells)

@@ -21,7 +21,6 @@ update phase over its time, against a matrix product of the same machine.
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -29,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import common
@@ -127,11 +125,9 @@ def measure(spec, options):
     folder = Path(spec["scratch"], "run")
     shutil.rmtree(folder, ignore_errors=True)
     if spec["contender"].startswith("trl"):
-        settings = {**asdict(ppo.Args(**flags_of(spec))), "device": spec["device"]}
-        settings |= {"contender": spec["contender"], "score_mean": 0.0, "score_std": 1.0}
-        folder.mkdir()
-        (folder / "args.json").write_text(json.dumps(settings))
-        script = [options.trl_python, HERE / "trl_ppo.py", folder]
+        words = [word for name, value in flags_of(spec).items() for word in (f"--{name}", value)]
+        words += ["--pure_bf16"] if spec["contender"] == "trl_bf16" else []
+        script = [options.trl_python, HERE / "trl_run.py", "--times", *words]
         return start(script, {**spec, "out": f"{folder}/times.jsonl"})
     rows = child("ours", spec)
     for row in rows:
@@ -150,11 +146,9 @@ def show(header, rows):
 
 
 def save(options, name, rows):
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    machine = f"{cpu[0] if cpu else platform.machine()}, {os.cpu_count()} cores"
     path = options.output_dir / f"{name}.jsonl"
-    common.write_jsonl(path, [{"machine": machine, **row} for row in rows])
-    print(f"\nrows: {path}; {machine}; {rows[0]['versions']}\n")
+    common.write_results(path, rows)
+    print(f"\nrows: {path}; {common.stamp()['machine']}; {rows[0]['versions']}\n")
 
 
 def compare(name, spec, options):

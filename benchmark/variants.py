@@ -4,12 +4,15 @@
     python benchmark/variants.py details --seeds 1 2 3
     python benchmark/variants.py mitigations --seeds 1 2 3 4 5 --flags "--beta 0.01"
     python benchmark/variants.py forks --variants PPO RLOO GRPO --seeds 1 2 3
+    python benchmark/variants.py iterated --seeds 1 2 3 4 5
     python benchmark/variants.py details --world runs/second_world
 
 A variant is a copy of ppo_rlhf.py with patches of benchmark/forks or benchmark/ablations, if any, and flags.
 Each runs in a process of its own from the same SFT and reward model, which are made where they are missing.
 The final policies are judged alike, by the unpatched sampler and reward model, with the same random numbers:
 gold score, KL, length, and the perplexity on held-out demonstrations, which is what the SFT model knew.
+"iterated" (Bai et al. 2022) trains a reward model on 3,000 more pairs, of responses of the first variant's
+policy or of the SFT model (data/label.py), and a policy against it, both from the same SFT model.
 
 A difference is to the first variant of the set at the same seed, its interval Student's t over the seeds. Of
 twenty such intervals one leaves 0 out by chance. Runs are kept in --work_dir under a checksum of script,
@@ -73,9 +76,14 @@ SETS = {  # set: {variant: (patches, flags)}; the first is what the others are c
         "dual clip": (("forks/dual_clip",), ""),
         "KL in the loss, k3": (("forks/kl_in_loss",), ""),
         "process reward": (("forks/process_reward",), ""),
-        "no value head": (("forks/no_value_head",), ""),
-        "RLOO": (("forks/rloo",), ""),
-        "GRPO": (("forks/grpo",), ""),
+        "no value head": ((), "--no-separate_critic --vf_coef 0"),
+        "RLOO": (("forks/rloo",), "--no-separate_critic --vf_coef 0 --num_generations 4"),
+        "GRPO": (("forks/grpo",), "--no-separate_critic --vf_coef 0 --num_generations 8"),
+    },
+    "iterated": {
+        "round 0": ((), ""),
+        "new pairs by the policy": ((), "--reward_model_path {by_policy}"),
+        "new pairs by the SFT model": ((), "--reward_model_path {by_sft}"),
     },
 }
 
@@ -101,7 +109,22 @@ def judged(folder, base, models, others, texts):
     row |= {"rm_accuracy": accuracy[-1]["eval/accuracy"], "gold_sft": common.average(others)["gold"]}
     row |= {"win_rate": common.win_rate(rows, others), "perplexity": perplexity(policy, models)}
     row["different"] = len({(row["prompt"], row["response"]) for row in rows}) / len(rows)
-    return [{**row, **common.average(rows)}]
+    return [{**row, **common.average(rows), **common.stamp(folder)}]
+
+
+def relabel(args, runs):
+    """New pairs, behind the old ones, and their reward models. runs: {seed: folder of the first variant}"""
+    stages = {"new pairs": [], "reward models": []}
+    for seed, run in runs.items():
+        sft_model = args.base_dir / f"seed{seed}/sft"
+        for who, policy in (("by_policy", run), ("by_sft", sft_model)):
+            flags = {"policy": policy, "add": "data/preferences", "seed": seed}
+            pairs, command = common.job(run / who / "pairs", common.DATA / "label.py", **flags)
+            stages["new pairs"].append((pairs, command))
+            flags = {"model_name_or_path": sft_model, "dataset_name": pairs, "seed": seed}
+            stages["reward models"].append(common.job(run / who / "reward_model", "reward_model.py", **flags))
+    for title, jobs in stages.items():
+        common.run_all(jobs, args.parallel, title)
 
 
 def print_table(rows):
@@ -114,7 +137,9 @@ def print_table(rows):
         "length": ("tokens", ".1f"),
         "different": ("different", ".2f"),
         "perplexity": ("demonstration perplexity", ".2f"),
+        "foreign": ("foreign a response", ".2f"),
         "garbled": ("garbled a response", ".2f"),
+        "repeated": ("repeated a response", ".2f"),
         "seconds": ("s a run", ".0f"),
     }
     titles = ["variant", "seeds", "gold score", "difference, 95% interval", *(t for t, _ in columns.values())]
@@ -155,6 +180,7 @@ def main():
         wanted |= {*sum(others.values(), [])}
     common.baselines(args.base_dir, sorted(wanted), args.parallel)
     jobs = {}
+    first = next(iter(variants))
     for name, (patches, flags) in variants.items():
         files = ["ppo_rlhf.py", *(f"benchmark/{patch}.patch" for patch in patches)]
         text = b"".join((common.ROOT / file).read_bytes() for file in files) + f"{shared} {flags}".encode()
@@ -163,12 +189,17 @@ def main():
         script = common.make_copy(folder / "script", patches)
         for seed in args.seeds:
             values = {"own": args.base_dir / f"seed{seed}/reward_model", "double": 2 * beta}
+            for who in ("by_policy", "by_sft"):
+                values[who] = jobs.get((first, seed), (folder,))[0] / who / "reward_model"
             for i, other in enumerate(others[seed], 1):
                 values[f"other{i}"] = args.base_dir / f"seed{other}/reward_model"
             words = [*shared, *flags.format(**values).split()]
             base = args.base_dir / f"seed{seed}"
             jobs[name, seed] = common.ppo_job(folder / f"seed{seed}", base, seed, *words, script=script)
     jobs = dict(sorted(jobs.items(), key=lambda item: item[0][1]))  # a stopped run has complete seeds
+    if any("{by_" in flags for _, flags in variants.values()):
+        common.run_all([jobs[first, seed] for seed in args.seeds], args.parallel, "ppo, round 0")
+        relabel(args, {seed: jobs[first, seed][0] for seed in args.seeds})
     common.run_all(list(jobs.values()), args.parallel, "ppo")
 
     rows = []
@@ -182,7 +213,7 @@ def main():
             path = folder / f"judged_{len(texts)}x{args.samples}.jsonl"
             row = common.cached(path, judged, folder, base, models, others, texts * args.samples)[0]
             rows.append({"variant": name, "seed": seed, "flags": args.flags, **row})
-    common.write_jsonl(args.output_dir / f"{args.set}.jsonl", rows)
+    common.write_results(args.output_dir / f"{args.set}.jsonl", rows)
     print_table(rows)
 
 
