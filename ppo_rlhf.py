@@ -1,34 +1,37 @@
-"""Stage 3 of RLHF: PPO. The SFT model learns to write what scores highly: python ppo_rlhf.py --beta 0.1
+"""Stage 3 of RLHF: PPO. The SFT model learns to write responses that score highly: python ppo_rlhf.py
 
 Four networks take part:
 
-    policy        starts as the SFT model, trained: samples the responses
+    policy        trained, starting from the SFT model: samples the responses
     reference     the SFT model, frozen: the KL penalty keeps the policy near it
     reward model  from stage 2, frozen: gives each response one score
-    critic        starts as the reward model with a new value head, trained: gives each token a value, the
+    critic        trained, starting from the reward model with a new value head: gives each token a value, the
                   return expected from there on. With --no-separate_critic, or without a reward model, the
                   value head sits on the policy instead.
 
-Each update: (1) the policy samples responses to a batch of prompts, (2) the four networks score them, (3) the
-scores become advantages, (4) a few epochs of clipped policy-gradient steps. Together they maximize
-score(prompt, response) - beta * KL(policy || reference); without the KL penalty the policy learns to exploit
-the reward model's errors (Gao et al. 2022).
+Each update: (1) the policy samples responses to a batch of prompts, (2) reward model, reference and critic
+give their scores, log-probs and values, (3) rewards become advantages, (4) a few epochs of clipped
+policy-gradient steps change policy and critic. The objective is the mean score minus beta * KL(policy ||
+reference): the farther the policy drifts from the reference, the more it exploits the reward model's errors
+(Gao et al. 2022).
 
-How the tensors line up. A row holds a prompt and its response; B rows, P prompt slots, T response slots:
+How the tensors line up. A row holds a prompt and its response; B rows, P prompt slots, T response slots (in a
+micro-batch b rows, L slots for the longest row, t for the longest response; d: hidden size, V: vocabulary):
 
     rollout   [ pad pad q1 q2 q3 | r1 r2 r3 EOS pad ]  left-padded: every row samples into the same slot
-    training  [ q1 q2 q3 r1 r2 r3 EOS pad pad pad   ]  rolled left: causal attention needs no mask at all
+    training  [ q1 q2 q3 r1 r2 r3 EOS pad pad pad   ]  rolled left: causal attention needs no padding mask
                       |  |  |  |
     predicts          r1 r2 r3 EOS                     the position before a token predicts it
     value             V1 V2 V3 V4                      read at the same position, from the critic
 
     [B, T]            r1 r2 r3 EOS pad
-    mask              1  1  1  1   0                   every sampled token, EOS too; from lengths, not ids
+    mask              1  1  1  1   0                   each sampled token, EOS too; from lengths: pad may be EOS
     KL penalty        x  x  x  x                       on every real token
-    score                      x                       on the last real token; after it V = 0
+    score                      x                       on the last real token, EOS or not; after it V = 0
 
 Sources: Ziegler et al. 2019 (openai/lm-human-preferences), Stiennon et al. 2020, Ouyang et al. 2022, "The N
-Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-preference-details).
+Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-preference-details); PPO itself:
+Schulman et al. 2017. Functions marked [shared] are the same in the other scripts.
 """
 
 import copy
@@ -70,36 +73,40 @@ class Args:
     max_prompt_length: int = 256  # in tokens; longer prompts are left out
     # ---- rollout ----
     total_episodes: int = 3072  # responses sampled over the run; updates = total_episodes / batch_size
-    batch_size: int = 128  # episodes per update
-    num_generations: int = 1  # responses to each prompt of a batch; group methods such as RLOO take 4 or more
+    batch_size: int = 128  # episodes per update; an episode is a response to one prompt
+    num_generations: int = 1  # responses to each prompt of a batch; more than 1 for forks such as RLOO
     rollout_batch_size: int = 128  # episodes sampled at a time; fewer need less memory for keys and values
     max_new_tokens: int = 64  # longest response in tokens; good ones of the shipped task take about 50
     temperature: float = 0.7  # of the sampler and of every log-prob (Ziegler et al. 2019)
-    cuda_graph: bool = True  # on CUDA, record one decode step and replay it; off for a model that cannot
+    cuda_graph: bool = (
+        True  # on CUDA, record one decode step and replay it; off if a model cannot be recorded
+    )
     # ---- rewards and advantages ----
     beta: float = 0.1  # KL penalty coefficient; 0 invites reward hacking, 0.02 to 0.2 is usual
-    missing_eos_penalty: float = 1.0  # subtracted from the score of a response cut off at max_new_tokens
-    length_penalty: float = 0.0  # subtracted from the score per response token
-    adaptive_kl_target: float = 0.0  # if positive, beta follows the KL to this many nats per response
-    gamma: float = 1.0  # discount per token; 1 as a response is judged as one
-    lam: float = 1.0  # GAE's lambda: 0 trusts the values, 1 the returns; 0.95 is usual, and learned less here
+    missing_eos_penalty: float = 1.0  # off the normalized score of a response cut off at max_new_tokens
+    length_penalty: float = 0.0  # off the normalized score, per response token
+    adaptive_kl_target: float = (
+        0.0  # if positive, beta adapts to hold the KL near this many nats per response
+    )
+    gamma: float = 1.0  # discount per token; 1, as a response is judged as a whole
+    lam: float = 1.0  # GAE's lambda: 0 trusts the values, 1 the rewards; 0.95 is usual, but learned less here
     # ---- update ----
-    learning_rate: float = 0.0  # peak, policy and critic; 0 chooses 1.5e-4 for policies below 10M, else 3e-6
+    learning_rate: float = 0.0  # peak of policy and critic; 0: 1.5e-4 below 10M parameters, else 3e-6
     value_learning_rate: float = 1e-3  # of the value head alone, which starts at zero and must catch up
     warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
     num_mini_batches: int = 8  # optimizer steps per pass
     per_device_train_batch_size: int = 16  # episodes per forward pass; same gradient up to rounding
     cliprange: float = 0.2  # the ratio of new to old probability is clipped to 1 +- cliprange
-    cliprange_value: float = 0.2  # how far a value may move from the rollout's in one update
-    vf_coef: float = 0.1  # weight of the value loss; matters if policy and values share a backbone
+    cliprange_value: float = 0.2  # a value that moved farther towards its return gets no more gradient
+    vf_coef: float = 0.1  # weight of the value loss; with a critic it acts in gradient clipping alone
     separate_critic: bool = True  # values from a copy of the reward model; else a value head on the policy
     entropy_coef: float = 0.0  # weight of an entropy bonus, against mode collapse
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     seed: int = 1  # of prompt order, sampler and minibatches
     # ---- logging and checkpoints ----
-    eval_steps: int = 10  # log sample responses every this many updates
+    eval_steps: int = 10  # updates between logged sample responses
     save_steps: int = 10  # updates between checkpoints
     track: bool = False  # log to Weights & Biases
     resume: bool = False  # resume from the checkpoint in output_dir
@@ -125,8 +132,9 @@ def whiten(x, mask):
 
 def penalized_rewards(scores, kl, mask, beta):
     """Reward of each token: -beta * KL, plus the score on the last real one: [B], [B, T], [B, T] -> [B, T].
-    kl is log pi - log pi_ref of the sampled token, 0 on padding. One token's may be negative; its expectation
-    is the KL divergence, and summed over tokens it makes the return score - beta * KL. Off by one, the score
+    kl is log pi - log pi_ref of the sampled token, 0 on padding: a one-sample estimate of the KL divergence,
+    so a single one may be negative. It is a constant of the rollout, like the score: no gradient flows
+    through it. With gamma 1 the first token's return is score - beta * (sum of kl). One slot later, the score
     would land on padding and teach nothing. Example, a response of four tokens with score 1 and beta 0.5:
 
         mask        1     1     1     1     0
@@ -140,7 +148,7 @@ def penalized_rewards(scores, kl, mask, beta):
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2015, eq. 16) -> advantages [B, T], returns [B, T].
     delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, from the last token back.
-    Returns, A_t + V_t, are what the values should have been. V and A after the last real token are 0, as the
+    Returns, A_t + V_t, are the targets of the value loss. V and A after the last real token are 0, as the
     episode is over: a value read on padding would leak into every advantage before it. With the rewards
     above, gamma 1 and lam 0.5:
 
@@ -161,9 +169,10 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
-# ---- What is sampled, its log-probs, values and scores; the sampler itself is below `main` ----
+# ---- From prompts to responses, log-probs, values and scores; the sampler's own loop is below `main` ----
 def roll_left(prompts, responses, starts):
-    """[pad pad q q | r r] -> [q q r r pad pad]: prompts [B, P], responses [B, T] -> sequences [B, P+T]."""
+    """[pad pad q q | r r] -> [q q r r pad pad]: prompts [B, P], responses [B, T] -> sequences [B, P+T].
+    starts [B]: the lengths of the prompts, without padding."""
     joined = torch.cat([prompts, responses], 1)  # [B, P+T]
     padding = prompts.shape[1] - starts  # [B]
     slots = torch.arange(joined.shape[1], device=joined.device) + padding[:, None]  # [B, P+T]
@@ -171,20 +180,20 @@ def roll_left(prompts, responses, starts):
 
 
 def sample(model, tokenizer, prompts, args, end_ids):
-    """Sample a response to each prompt of `load_prompts` -> a namespace of tensors, laid out for training."""
+    """Sample a response to each of `prompts` (see `load_prompts`) -> tensors, laid out for training."""
     padded = {"input_ids": [prompt.ids for prompt in prompts]}
     padded = tokenizer.pad(padded, padding_side="left", return_tensors="pt").to(model.device)
+    # Drawn at once, so that --rollout_batch_size changes no response
     uniforms = torch.rand(args.max_new_tokens, len(prompts), device=model.device)  # [T, B]
     if model.device.type == "cuda":
         model = bf16_copy(model)
     ends = torch.tensor(end_ids, device=model.device)  # [E]
+    settings = (args.temperature, ends, tokenizer.pad_token_id, args.cuda_graph)
     parts = []
     for rows in torch.arange(len(prompts)).split(args.rollout_batch_size):
         ids = padded.input_ids[rows]
         mask = padded.attention_mask[rows]
-        u = uniforms[:, rows]
-        settings = (args.temperature, ends, tokenizer.pad_token_id, args.cuda_graph)
-        parts.append(rollout(model, ids, mask, u, *settings))
+        parts.append(rollout(model, ids, mask, uniforms[:, rows], *settings))
     responses, response_lengths, ended, logprobs = map(torch.cat, zip(*parts))
     starts = padded.attention_mask.sum(1)  # [B] prompt lengths: where responses start once rolled left
     lengths = starts + response_lengths  # [B]
@@ -198,15 +207,15 @@ def sample(model, tokenizer, prompts, args, end_ids):
         mask=(slots < response_lengths[:, None]).float(),  # [B, T]
         ended=ended,  # [B]
         logprobs=logprobs,  # [B, T] as the sampler computed them
-        cpu_lengths=lengths.cpu(),  # [B] both once more: slicing by a number on the GPU would wait for it
+        cpu_lengths=lengths.cpu(),  # [B] for the bounds of slices, which are numbers on the CPU
         cpu_response_lengths=response_lengths.cpu(),  # [B]
     )
 
 
 def micro_batches(batch, rows, size):
     """Rows `rows` of a batch, `size` at a time and sorted by length, so that little padding is left.
-    Yields mb, which picks these rows and their t slots from a [B, T] tensor; ids [b, L]; response starts [b];
-    labels [b, t], the responses. L and t are the lengths of the longest row and response."""
+    Yields mb, an index that picks these rows and their first t slots from any [B, T] tensor; ids [b, L];
+    response starts [b]; labels [b, t], the responses."""
     order = batch.cpu_lengths[rows].argsort(stable=True)
     for mb_rows in rows[order].split(size):
         L = batch.cpu_lengths[mb_rows].max()
@@ -222,33 +231,34 @@ def hidden_states(model, ids):  # [shared]
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
 
-def response_states(model, ids, starts, T):
-    """Hidden states that predict response tokens 1 ... T: [b, L], [b] -> [b, T, d]."""
+def response_states(model, ids, starts, t):
+    """Hidden states that predict response tokens 1 ... t: [b, L], [b] -> [b, t, d]."""
     hidden = hidden_states(model, ids[:, :-1])  # [b, L-1, d]: the last token predicts nothing
-    slots = starts[:, None] - 1 + torch.arange(T, device=ids.device)  # [b, T]: before each token
-    slots = slots.clamp(max=hidden.shape[1] - 1)  # in rows that end earlier
+    slots = starts[:, None] - 1 + torch.arange(t, device=ids.device)  # [b, t]: before each token
+    slots = slots.clamp(max=hidden.shape[1] - 1)  # shorter rows would run past the end; masked later
     return torch.take_along_dim(hidden, slots[..., None], dim=1)
 
 
 def forward(model, ids, starts, labels, temperature, entropy_coef=0.0, critic=None):
-    """Log-probs and entropies of response tokens, [b, T] each, and the states [b, T, d] that the value head
+    """Log-probs and entropies of response tokens, [b, t] each, and the states [b, t, d] that the value head
     reads: the critic's, or without one the model's own. Old, new and reference log-probs all come from here.
     No logits of whole sequences: [b, L, V] would be the largest tensor of the run. The temperature is in all
-    log-probs: what is sampled is what is scored."""
-    T = labels.shape[1]
-    value_states = hidden = response_states(model, ids, starts, T)  # [b, T, d]
-    logits = model.get_output_embeddings()(hidden) / temperature  # [b, T, V]
-    all_logprobs = logits.log_softmax(-1)  # [b, T, V]
+    log-probs: the distribution that is sampled is the one that is trained."""
+    t = labels.shape[1]
+    value_states = hidden = response_states(model, ids, starts, t)  # [b, t, d]
+    logits = model.get_output_embeddings()(hidden) / temperature  # [b, t, V]
+    all_logprobs = logits.log_softmax(-1)  # [b, t, V]
     # Without a bonus the entropy is only logged: no gradient, less memory
-    logprobs = all_logprobs if entropy_coef else all_logprobs.detach()  # [b, T, V]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)  # [b, T]
+    logprobs = all_logprobs if entropy_coef else all_logprobs.detach()  # [b, t, V]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)  # [b, t]
     if critic is not None:
-        value_states = response_states(critic, ids, starts, T)  # [b, T, d]
+        value_states = response_states(critic, ids, starts, t)  # [b, t, d]
     return all_logprobs.gather(-1, labels[..., None]).squeeze(-1), entropy, value_states
 
 
 def reward_fn(reward_model, tokenizer, sequences, starts, lengths, rows):
-    """YOUR REWARD GOES HERE: one float per response, on any scale -> [b].
+    """YOUR REWARD GOES HERE: one number per response -> [b], on any scale, as the first rollout's mean and
+    standard deviation normalize it.
     sequences [b, L]: prompt and response, right-padded; starts, lengths [b]: where the response starts and
     ends; rows: the data rows, for a rule that compares with a column. A rule, with --reward_model_path "":
 
@@ -259,7 +269,8 @@ def reward_fn(reward_model, tokenizer, sequences, starts, lengths, rows):
     if sequences.max() >= reward_model.get_input_embeddings().num_embeddings:
         fail(f"the policy sampled id {sequences.max()}, for which the reward model has no embedding")
     hidden = hidden_states(reward_model, sequences)  # [b, L, d]
-    # At the last real token, by length: the last id that is not a pad is one token early if pad == EOS
+    # At the last real token, by length. Stock classifiers look for the last id that is not a pad, which is
+    # one token early if pad == EOS.
     last_hidden = torch.take_along_dim(hidden, lengths[:, None, None] - 1, dim=1)  # [b, 1, d]
     return reward_model.score(last_hidden).flatten()
 
@@ -280,6 +291,7 @@ def score(reward_model, tokenizer, batch, prompts, size):
 
 def main(args):
     check_flags(args)
+    # Flags that --resume may change, as they do not change the run
     changeable = ("gradient_checkpointing", "per_device_train_batch_size", "rollout_batch_size", "cuda_graph")
     state = load_checkpoint(args, (args.sft_model_path, args.reward_model_path), changeable)
     device = find_device()
@@ -302,13 +314,13 @@ def main(args):
     if args.reward_model_path:
         reward_model = load_reward_model(args.reward_model_path, tokenizer).to(device)
         check_context(reward_model.config, max(map(len, prompt_ids)) + T)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA: the output layer, in fp32, needs no more
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA is enough for the output layer, in fp32
 
     # ---- what is trained, and the frozen reference ----
     trained = torch.nn.ModuleDict({"policy": policy})
     critic = None
     value_width = policy.get_output_embeddings().in_features
-    if args.separate_critic and reward_model:  # which knows what scores (Ouyang et al. 2022, C.4)
+    if args.separate_critic and reward_model:  # it knows already what scores well (Ouyang et al. 2022, C.4)
         critic = copy.deepcopy(reward_model.base_model)
         trained["critic"] = critic
         value_width = reward_model.score.in_features
@@ -319,16 +331,16 @@ def main(args):
     torch.nn.init.zeros_(value_head.bias)
     learning_rate = args.learning_rate or (1.5e-4 if policy.num_parameters() < 10e6 else 3e-6)
     groups = [
-        {"params": list(trained.parameters()), "peak": learning_rate},
+        {"params": list(trained.parameters()), "peak": learning_rate},  # a list, before value_head joins
         {"params": value_head.parameters(), "peak": args.value_learning_rate},
     ]
     trained["value_head"] = value_head
     trained.to(device).eval()  # for good: dropout would change log-probs between rollout and update
     if args.gradient_checkpointing:
         enable_checkpointing(trained)
-    # Never changed, so it is not in the checkpoint: a fork that moves it has to save it
+    # Copied before a checkpoint is loaded, so always the SFT model; a fork that moves it has to save it
     reference = copy.deepcopy(policy).requires_grad_(False)
-    # eps as in lm-human-preferences (utils/core.py:627); TensorFlow's Adam makes more of it than torch's
+    # eps as in lm-human-preferences (utils/core.py:627); TensorFlow's Adam gives it more weight early on
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     last_update = 0
     beta = args.beta
@@ -341,10 +353,10 @@ def main(args):
     metrics_file, samples_file = logs = open_logs(args, state, "metrics.jsonl", "samples.jsonl")
     num_updates = args.total_episodes // B
     generator = torch.Generator().manual_seed(args.seed)
-    epochs = range(0, args.total_episodes, len(train))  # each a new permutation of the prompts
-    order = torch.cat([torch.randperm(len(train), generator=generator) for _ in epochs])
-    # Rounding allowed where 0 is expected, in nats per token; it grows as logits / temperature does. On a CPU
-    # all is fp32: a fork that samples in bf16 there, or with another engine, needs CUDA's tolerance.
+    passes = range(0, args.total_episodes, len(train))  # each a new permutation of the prompts
+    order = torch.cat([torch.randperm(len(train), generator=generator) for _ in passes])
+    # Mean differences put down to rounding, in nats per token: bf16 on CUDA, fp32 on a CPU, where a fork that
+    # samples in bf16, or with another engine, needs CUDA's.
     tolerance = (0.1 if device == "cuda" else 1e-4) / temperature
     print(f"PPO on {device}: {policy.num_parameters():,} parameters, learning rate {learning_rate}")
     for update in tqdm(range(last_update + 1, num_updates + 1), "PPO", disable=None):
@@ -356,8 +368,8 @@ def main(args):
 
         # ======== Phase 1, rollout: sample responses to a batch of prompts ========
         clock = [time.time()]
-        chosen = order.split(B // args.num_generations)[update - 1]
-        prompts = [train[i] for i in chosen.repeat_interleave(args.num_generations)]
+        picked = order.split(B // args.num_generations)[update - 1]
+        prompts = [train[i] for i in picked.repeat_interleave(args.num_generations)]
         batch = sample(policy, tokenizer, prompts, args, end_ids)
         mask = batch.mask  # [B, T]
         clock.append(time.time())
@@ -378,10 +390,10 @@ def main(args):
         kl = (old_logprobs - ref_logprobs) * mask  # [B, T]
         sampler_gap = masked_mean((batch.logprobs - old_logprobs).abs(), mask)
         eos_rate = batch.ended.float().mean()
-        if update == 1:  # checks that catch almost every bug of an implementation of RLHF
-            # Policy and reference are still the same model: a shift, a mask or dropout gone wrong shows here.
+        if update == 1:  # checks, while policy and reference are still the same model
+            # Not 0 if dropout is on or the weights differ. A wrong position cancels, and shows next.
             assert masked_mean(kl.abs(), mask) < tolerance, "KL is not 0 at the start"
-            # If a family's cache or window ignores the mask, the sampler runs a different model.
+            # Not 0 if `forward` reads wrong positions, or the sampler's cache or window ignores the mask
             if not sampler_gap < tolerance:
                 fail(f"{args.sft_model_path}: log-probs of sampler and forward differ by {sampler_gap:.2g}")
             if eos_rate < 0.5:
@@ -394,15 +406,15 @@ def main(args):
             score_std = scores.std().item()
             if not score_std > 1e-6 * (1 + abs(score_mean)):  # all scores are alike
                 score_std = 1.0
-        scores = (scores - score_mean) / score_std  # [B]
-        # Without this penalty the policy could learn to ramble on rather than write EOS.
+        scores = (scores - score_mean) / score_std  # [B] normalized
+        # From here on with the penalties. Without the first the policy could learn to ramble, never to end.
         scores -= args.missing_eos_penalty * ~batch.ended
         scores -= args.length_penalty * batch.response_lengths
         clock.append(time.time())
 
         # ======== Phase 3, advantages ========
         rewards = penalized_rewards(scores, kl, mask, beta)  # [B, T]
-        # Advantages: how much better it went than expected; returns: what the values should have been
+        # Advantages: how much better it went than expected; returns: the targets of the value loss
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)  # [B, T], [B, T]
         # Whitened, so that the step size does not depend on the scale of the rewards; over the whole batch,
         # so that a minibatch of good responses is not told that half of them are bad.
@@ -410,7 +422,7 @@ def main(args):
 
         # ======== Phase 4, update: clipped policy and value losses over shuffled minibatches ========
         stats = defaultdict(list)
-        # Epochs are whole numbers of minibatches, so none spans two of them
+        # B is a multiple of the minibatch's size, so none spans two epochs
         shuffled = torch.cat([torch.randperm(B) for _ in range(args.num_ppo_epochs)])
         for minibatch in shuffled.split(B // args.num_mini_batches):
             num_tokens = batch.cpu_response_lengths[minibatch].sum().item()
@@ -419,14 +431,14 @@ def main(args):
                     policy, ids, starts, labels, temperature, args.entropy_coef, critic
                 )
                 new_values = value_head(value_states).squeeze(-1)  # [b, t]
-                # Policy loss (Schulman et al. 2017, eq. 7). The max is the pessimistic choice: a token gains
-                # nothing by moving its ratio past the clip, but is pulled back if it went the wrong way.
+                # Policy loss (Schulman et al. 2017, eq. 7; a max, as these are losses). The pessimistic
+                # choice: no gain from moving a ratio past the clip, but it is pulled back if it went wrong.
                 log_ratio = new_logprobs - old_logprobs[mb]  # [b, t]
-                ratio = log_ratio.exp()  # [b, t]
+                ratio = log_ratio.exp()  # [b, t]: new probability / old
                 clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)  # [b, t]
                 pg_loss = torch.max(-advantages[mb] * ratio, -advantages[mb] * clipped_ratio)  # [b, t]
                 # Value loss, clipped around the rollout's values (lm-human-preferences, train_policy.py:344).
-                # Clamped between bounds, so that a value within them stays the same to the bit.
+                # Not values + change.clamp(): its rounding would count as clipped in val/clipfrac.
                 low = values[mb] - args.cliprange_value  # [b, t]
                 high = values[mb] + args.cliprange_value  # [b, t]
                 clipped_values = new_values.clamp(low, high)  # [b, t]
@@ -440,7 +452,7 @@ def main(args):
                     "loss/policy_avg": pg_loss,
                     "loss/value_avg": vf_loss,
                     "policy/entropy_avg": entropy,
-                    "policy/approxkl_avg": 0.5 * log_ratio**2,
+                    "policy/approxkl_avg": 0.5 * log_ratio**2,  # from the policy that sampled
                     "policy/clipfrac_avg": ratio != clipped_ratio,
                     "val/clipfrac_avg": new_values != clipped_values,
                     "val/ratio": ratio,
@@ -450,10 +462,10 @@ def main(args):
                 if not stats["policy/grad_norm"]:  # before the first step: still the policy that sampled
                     gap = masked_mean(log_ratio.abs(), mask[mb])
                     assert gap < tolerance, f"ratio is not 1 on the first minibatch: mean |log ratio| {gap}"
-            # One norm over policy, critic and value head: a large value loss shrinks the policy's step too
+            # One norm over policy, critic and value head: a spike in the value loss shrinks all steps
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.max_grad_norm or torch.inf)
             if not grad_norm.isfinite():
-                fail(f"update {update}: gradient not finite: check the rewards, or restart with a lower rate")
+                fail(f"update {update}: gradient not finite: check the rewards, or lower --learning_rate")
             stats["policy/grad_norm"].append(grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -472,7 +484,7 @@ def main(args):
             "objective/entropy": -(old_logprobs * mask).sum(1).mean(),
             "objective/non_score_reward": -beta * mean_kl,
             "objective/rlhf_reward": (scores - beta * episode_kl).mean(),
-            **{name: sum(parts) / num_steps for name, parts in stats.items()},
+            **{name: sum(parts) / num_steps for name, parts in stats.items()},  # parts: / num_tokens already
             "val/explained_variance": 1 - masked_var(returns - values, mask) / returns_var,
             "val/sampler_logprob_gap": sampler_gap,
             "val/eos_rate": eos_rate,
@@ -488,8 +500,8 @@ def main(args):
         if run:
             run.log(metrics, step=update)
         if args.adaptive_kl_target > 0:
-            # Ziegler et al. 2019, section 2.2, but with a horizon of 1000 episodes, not their code's 10,000.
-            # A batch counts as 1000 at most, so that beta stays positive.
+            # Ziegler et al. 2019, section 2.2: up to 20% more or less per horizon, here of 1000 episodes
+            # (their code: 10,000). A batch counts as one horizon at most, so that beta stays positive.
             error = mean_kl.item() / args.adaptive_kl_target - 1
             beta *= 1 + min(max(error, -0.2), 0.2) * min(B / 1000, 1)
         if update % args.eval_steps == 0 or update in (1, num_updates):
@@ -530,7 +542,7 @@ def main(args):
     scale = torch.tensor([score_mean, score_std])  # of scores and values; the critic is in checkpoint/
     save_file({**value_head.state_dict(), "score_scale": scale}, output_dir / "value_head.safetensors")
     results = [{"prompt": prompt.shown} for prompt in test]
-    # The reference is the SFT model; a fork that moves it needs another copy here
+    # Scores here are normalized, without penalties. "sft" is the reference: a fork that moves it needs a copy
     for name, model in (("sft", reference), ("ppo", policy)):
         torch.manual_seed(args.seed)  # the same random numbers for both
         for start in range(0, len(test), B):
@@ -560,7 +572,7 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id,
     T = len(uniforms)
     # 0 on left padding alone, as causality hides what is not sampled yet
     attention_mask = F.pad(prompt_mask, (0, T), value=1)  # [B, P+T]
-    # Positions count real tokens, not slots: else a prompt would get another response in another batch
+    # Positions count real tokens, not slots, as in training; slots would make a response depend on its batch
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
     position = positions[:, -1:] + 1  # [B, 1] of the newest token
     cache = transformers.StaticCache(model.config, max_cache_len=P + T)
@@ -583,7 +595,7 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id,
         logprobs.index_copy_(1, step, probs.gather(1, token).log())
         token.masked_fill_(ended[:, None], pad_id)
         responses.index_copy_(1, step, token)
-        lengths.add_(~ended)
+        lengths.add_(~ended)  # before `ended` changes: EOS counts
         ended.logical_or_((token == end_ids).any(1))
         step.add_(1)
 
@@ -601,7 +613,7 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id,
         # windows are counted in Python, which a replay would not see.
         stream = side_stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # two real steps first: libraries set up
+        with torch.cuda.stream(stream):  # two real steps first: libraries allocate, which recording forbids
             decode_step()
             decode_step()
         torch.cuda.current_stream().wait_stream(stream)
@@ -616,14 +628,14 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id,
         first = 3
     for t in range(first, T):
         run_step()
-        if t % 8 == 0 and ended.all():
+        if t % 8 == 0 and ended.all():  # not each time: asking waits for the GPU
             break
     return responses, lengths, ended, logprobs
 
 
 @functools.cache
 def side_stream():
-    """One for all rollouts, as each stream keeps memory of its own for good."""
+    """One for all rollouts, as memory is not shared between streams."""
     return torch.cuda.Stream()
 
 
@@ -646,7 +658,7 @@ def fail(message):  # [shared]
 
 
 def check_flags(args):
-    """Refuse flags with which a run would learn nothing, or stop halfway."""
+    """Refuse settings that would train nothing, or train wrongly, without an error."""
     check_numbers(args)
     if not args.temperature or (args.adaptive_kl_target and not args.beta):
         fail("--temperature must be above 0, and --beta too with --adaptive_kl_target")
@@ -656,13 +668,13 @@ def check_flags(args):
         fail("--batch_size must be a multiple of --num_mini_batches and of --num_generations")
     if args.total_episodes % args.batch_size:
         fail("--total_episodes must be a multiple of --batch_size")
-    if not args.reward_model_path and "num_embeddings" in reward_fn.__code__.co_names:
+    if not args.reward_model_path and "num_embeddings" in reward_fn.__code__.co_names:  # not edited yet
         fail("--reward_model_path is empty, so the score is a rule of yours: write it into reward_fn")
 
 
 def check_numbers(args):  # [shared]
-    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had: counts of
-    things and steps must be at least 1, all else at least 0. 0 as a default stands for "none" or "choose"."""
+    """Refuse numbers that would train nothing, or train wrongly, without an error. Counts must be at least 1,
+    unless their default is 0, which stands for "none" or "choose"; all else must be at least 0."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in ("max_steps", "missing_eos_penalty", "length_penalty"):
             is_count = isinstance(value, int) and getattr(Args, name) and name not in ("warmup_steps", "seed")
@@ -680,8 +692,8 @@ def find_device():  # [shared]
 
 
 def check_name(name, kind):  # [shared]
-    """Refuse a name that is neither a folder nor on the Hub. Libraries would look for it there for a minute,
-    or, without a network, take what another project left in a cache under that name."""
+    """Refuse a name that is neither a folder nor on the Hub. Libraries would look on the Hub for a minute,
+    or, without a network, take a data set that another project left in the cache under that name."""
     try:
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
@@ -702,6 +714,7 @@ def load_rows(name, split):  # [shared]
                     rows.append(dict(json.loads(line)))
         else:
             table = datasets.load_dataset(name, split=split)
+            # Out goes what is None within messages and tools; a column that is None stays
             text = json.dumps(table.to_list(), default=str)
             rows = json.loads(text, object_hook=without_none)
             rows = [dict.fromkeys(table.column_names) | row for row in rows]
@@ -726,9 +739,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """What encode_row makes of each row, on all cores, as tokenizing takes the time. Of other people's rows a
-    few are always odd: one for which it raises ValueError is left out rather than end the run, and one line
-    says how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
+    """encode_row of each row, in threads, as the tokenizer runs outside Python. A row for which it raises
+    ValueError is left out: in real data a few are always odd, and they should not end the run. One line says
+    how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -754,8 +767,8 @@ def encode_rows(encode_row, rows, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: those of `column`, after those of `prompt` if they do not hold them. No other column
-    is taken in its place. ValueError says why a row is left out."""
+    """Messages of a row: those of `column`, after those of `prompt` if it holds the response alone. No other
+    column is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
     kinds = list if column == "messages" else str | list
     if not chat or not isinstance(chat, kinds):
@@ -791,7 +804,7 @@ def render(tokenizer, row, chat, **options):  # [shared]
             raise ValueError(f"with {token} in the text")
     try:
         return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
-    except Exception as error:  # whatever a template raises: it may ask for roles in turns, or know no system
+    except Exception as error:  # some templates require alternating roles, or reject a system message
         raise ValueError(f"refused by the chat template ({error})") from error
 
 
@@ -835,7 +848,8 @@ def find_end_ids(model, tokenizer):  # [shared]
 
 
 def load_pretrained(auto_class, path, head=None, **options):  # [shared]
-    """(model in fp32, tokenizer), or of a causal model's folder a classifier with the new weight `head`."""
+    """(model in fp32, tokenizer). `head`: the weight that is new if a classifier is made of a causal
+    model."""
     check_name(path, "model")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
@@ -862,12 +876,12 @@ def load_pretrained(auto_class, path, head=None, **options):  # [shared]
 
 def load_reward_model(path, tokenizer):
     """A classifier with one label, whose tokenizer and chat template write what the policy's do."""
-    model, own = load_pretrained(transformers.AutoModelForSequenceClassification, path)
+    model, reward_tokenizer = load_pretrained(transformers.AutoModelForSequenceClassification, path)
     if model.num_labels != 1 or not hasattr(model, "score"):
         fail(f"{path} is not a reward model: a classifier with one label, read by its layer `score`")
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    texts = [each.apply_chat_template(chat, tokenize=False) for each in (own, tokenizer)]
-    if texts[0] != texts[1] or not tokenizer.get_vocab().items() <= own.get_vocab().items():
+    texts = [each.apply_chat_template(chat, tokenize=False) for each in (tokenizer, reward_tokenizer)]
+    if texts[0] != texts[1] or not tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items():
         fail(f"{path}: the reward model has a different tokenizer or chat template")
     return model
 
@@ -908,8 +922,8 @@ def can_be_sampled(model):  # [shared]
 
 
 def enable_checkpointing(model):
-    """Recompute each layer's activations in the backward pass. The library does so in train mode alone, which
-    would switch dropout on, and router noise, under names that differ by family."""
+    """Recompute each layer's activations in the backward pass. Transformers' own switch works in train mode
+    alone, which would also switch on dropout and router noise."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             options = {"use_reentrant": False, "preserve_rng_state": False}

@@ -249,8 +249,8 @@ def fail(message):  # [shared]
 
 
 def check_numbers(args):  # [shared]
-    """Refuse numbers with which a run would train nothing, or the wrong way, and end as if it had: counts of
-    things and steps must be at least 1, all else at least 0. 0 as a default stands for "none" or "choose"."""
+    """Refuse numbers that would train nothing, or train wrongly, without an error. Counts must be at least 1,
+    unless their default is 0, which stands for "none" or "choose"; all else must be at least 0."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in ("max_steps", "missing_eos_penalty", "length_penalty"):
             is_count = isinstance(value, int) and getattr(Args, name) and name not in ("warmup_steps", "seed")
@@ -268,8 +268,8 @@ def find_device():  # [shared]
 
 
 def check_name(name, kind):  # [shared]
-    """Refuse a name that is neither a folder nor on the Hub. Libraries would look for it there for a minute,
-    or, without a network, take what another project left in a cache under that name."""
+    """Refuse a name that is neither a folder nor on the Hub. Libraries would look on the Hub for a minute,
+    or, without a network, take a data set that another project left in the cache under that name."""
     try:
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
@@ -290,6 +290,7 @@ def load_rows(name, split):  # [shared]
                     rows.append(dict(json.loads(line)))
         else:
             table = datasets.load_dataset(name, split=split)
+            # Out goes what is None within messages and tools; a column that is None stays
             text = json.dumps(table.to_list(), default=str)
             rows = json.loads(text, object_hook=without_none)
             rows = [dict.fromkeys(table.column_names) | row for row in rows]
@@ -314,9 +315,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """What encode_row makes of each row, on all cores, as tokenizing takes the time. Of other people's rows a
-    few are always odd: one for which it raises ValueError is left out rather than end the run, and one line
-    says how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
+    """encode_row of each row, in threads, as the tokenizer runs outside Python. A row for which it raises
+    ValueError is left out: in real data a few are always odd, and they should not end the run. One line says
+    how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -342,8 +343,8 @@ def encode_rows(encode_row, rows, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: those of `column`, after those of `prompt` if they do not hold them. No other column
-    is taken in its place. ValueError says why a row is left out."""
+    """Messages of a row: those of `column`, after those of `prompt` if it holds the response alone. No other
+    column is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
     kinds = list if column == "messages" else str | list
     if not chat or not isinstance(chat, kinds):
@@ -379,7 +380,7 @@ def render(tokenizer, row, chat, **options):  # [shared]
             raise ValueError(f"with {token} in the text")
     try:
         return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
-    except Exception as error:  # whatever a template raises: it may ask for roles in turns, or know no system
+    except Exception as error:  # some templates require alternating roles, or reject a system message
         raise ValueError(f"refused by the chat template ({error})") from error
 
 
@@ -440,7 +441,8 @@ def find_end_ids(model, tokenizer):  # [shared]
 
 
 def load_pretrained(auto_class, path, head=None, **options):  # [shared]
-    """(model in fp32, tokenizer), or of a causal model's folder a classifier with the new weight `head`."""
+    """(model in fp32, tokenizer). `head`: the weight that is new if a classifier is made of a causal
+    model."""
     check_name(path, "model")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
