@@ -25,7 +25,7 @@ micro-batch b rows, L slots for the longest row, t for the longest response; d: 
     value             V1 V2 V3 V4                      read at the same position, from the critic
 
     [B, T]            r1 r2 r3 EOS pad
-    mask              1  1  1  1   0                   each sampled token, EOS too; from lengths: pad may be EOS
+    mask              1  1  1  1   0                   each sampled token, EOS too; from lengths, not ids
     KL penalty        x  x  x  x                       on every real token
     score                      x                       on the last real token, EOS or not; after it V = 0
 
