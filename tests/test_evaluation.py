@@ -1,6 +1,8 @@
 """What a run of stage 3 leaves behind: eval.jsonl and samples.jsonl checked by hand, and all that is
 saved."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -93,7 +95,7 @@ def test_samples_by_hand(trained):
             response = tiny_tokenizer().decode(batch.responses[i, :n])
             figures = dict(score=scores[i].item(), kl=kl[i, :n].sum().item())
             figures = {name: pytest.approx(x, abs=1e-5) for name, x in figures.items()}
-            expected.append({"update": update, "prompt": rows[i]["prompt"], "response": response, **figures})
+            expected.append({"update": update, "prompt": rows[i].shown, "response": response, **figures})
     assert read_jsonl(folder / "ppo/samples.jsonl") == expected
 
 
@@ -142,11 +144,24 @@ def test_a_rule_that_looks_at_the_row(tmp_path, monkeypatch):
     assert len({row["sft_score"] for row in rows}) > 4
 
 
-@pytest.mark.parametrize("value, batch", [(0.1, B), (0.3, 1)])
+@pytest.mark.parametrize("value, batch", [(0.1, 8), (0.3, 1)])
 def test_scores_that_are_all_alike(value, batch, tmp_path, monkeypatch):
-    """Of a format reward in the first rollout, or of a batch of one: the scale is 1, not a rounding error."""
-    rule = lambda reward_model, tokenizer, sequences, *rest: torch.full((len(sequences),), value)
-    monkeypatch.setattr(ppo, "reward_fn", rule)
-    run(tmp_path, reward_model_path="", total_episodes=2 * batch, batch_size=batch, num_mini_batches=1)
+    """Of a format reward in the first rollout, or of a batch of one: the scale is 1, not a rounding error,
+    and figures are JSON, which has no NaN."""
+    monkeypatch.setattr(ppo, "reward_fn", lambda *given: [value] * len(given[2]))
+    flags = dict(total_episodes=2 * batch, batch_size=batch, num_mini_batches=1, missing_eos_penalty=0.0)
+    run(tmp_path, reward_model_path="", **flags)
     head = load_file(tmp_path / "ppo/value_head.safetensors")
     assert head["score_scale"].tolist() == pytest.approx([value, 1.0])
+    for row in read_jsonl(tmp_path / "ppo/metrics.jsonl"):
+        assert row["objective/scores"] == pytest.approx(0, abs=1e-6) and all(map(math.isfinite, row.values()))
+
+
+def test_beta_stays_positive(tmp_path, monkeypatch):
+    """When it adapts, by a fifth at most, however large the batch."""
+    monkeypatch.setattr(ppo, "reward_fn", lambda *given: given[4])
+    flags = dict(total_episodes=5000, batch_size=5000, num_mini_batches=1, per_device_train_batch_size=5000)
+    flags |= dict(num_ppo_epochs=1, rollout_batch_size=5000, max_new_tokens=2, adaptive_kl_target=6.0)
+    run(tmp_path, reward_model_path="", **flags)
+    progress = torch.load(tmp_path / "ppo/checkpoint/state.pt", weights_only=True)["progress"]
+    assert progress[:2] == (1, pytest.approx(0.8 * 0.1))

