@@ -17,6 +17,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import matplotlib
@@ -57,8 +58,9 @@ def watch(args, prompt, updates):
                 samples.append(name)
                 if len(samples) == updates:
                     chat = [{"role": "user", "content": prompt}]
-                    ids = ppo_rlhf.render(arguments[1], {}, chat, add_generation_prompt=True)
-                    arguments[2][0] = {"prompt": prompt, "prompt_ids": ids}
+                    text = ppo_rlhf.render(arguments[1], {}, chat, add_generation_prompt=True)
+                    ids = arguments[1](text, add_special_tokens=False).input_ids
+                    arguments[2][0] = SimpleNamespace(ids=ids, row={}, shown=prompt)
             seen[name] = arguments, real[name](*arguments)
             return seen[name][1]
 

@@ -44,7 +44,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"  # Okabe and Ito's colours
 
 def judge_run(run, base, texts, samples):
     torch.set_num_threads(1)
-    return common.along(run, common.load(base), texts, samples)
+    rows = common.along(run, common.load(base), texts, samples)
+    return [row | common.stamp(run) for row in rows]
 
 
 def judge_best_of_n(base, texts, best_of):
@@ -63,7 +64,7 @@ def judge_best_of_n(base, texts, best_of):
         weights = [math.comb(i, n - 1) / math.comb(best_of, n) for i in range(best_of)]
         weights = torch.tensor(weights, dtype=torch.float64)  # [N]
         means = {key: (x.gather(1, order) @ weights).mean().item() for key, x in tables.items()}
-        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, **means})
+        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, **means, **common.stamp()})
     return rows
 
 
