@@ -1,6 +1,6 @@
 """Which model families of transformers can the scripts train?
 
-    python benchmark/families.py               all of them, some six minutes; or a few: llama gpt2
+    python benchmark/families.py               all of them, some seven minutes; or a few: llama gpt2
 
 A tiny random model of each family (causal language models of text), made from its config and saved to disk as
 published ones are, goes through the three scripts: two steps of stage 1, two of stage 2 from there, two
