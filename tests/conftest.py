@@ -14,14 +14,11 @@ from pathlib import Path
 
 # Before torch and datasets are imported: CPU only, offline, one thread, and no trace in the user's own cache
 HOME = tempfile.mkdtemp(prefix="rlhf-tests-")
-OFFLINE = dict(
-    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1"
-)
-os.environ.update(OFFLINE, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+os.environ.update(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.update(HF_HOME=HOME, HF_DATASETS_CACHE=f"{HOME}/datasets")
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = REPOSITORY
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(REPOSITORY))
 sys.dont_write_bytecode = True
 
 import datasets  # noqa: E402
@@ -73,15 +70,12 @@ def refused(capsys):
 
 def tiny_config(family, width=32, positions=96, dropout=0.0, **other):
     """2 layers; grouped-query attention where the family has it."""
-    common = dict(
-        vocab_size=258, initializer_range=0.25, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD
-    )
-    common |= other
+    common = dict(vocab_size=258, initializer_range=0.25, bos_token_id=EOS, eos_token_id=EOS)
+    common |= dict(pad_token_id=PAD) | other
     if family == "gpt2":
         drop = dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
-        return transformers.GPT2Config(
-            **common, **drop, n_positions=positions, n_embd=width, n_layer=2, n_head=4
-        )
+        shape = dict(n_positions=positions, n_embd=width, n_layer=2, n_head=4)
+        return transformers.GPT2Config(**common, **drop, **shape)
     common |= dict(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     common |= dict(max_position_embeddings=positions, attention_dropout=dropout)
     if family == "gpt_neox":
@@ -92,26 +86,20 @@ def tiny_config(family, width=32, positions=96, dropout=0.0, **other):
     return {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family](**common)
 
 
-def tiny_model(family, seed=0, **config):
-    """A causal language model with random weights, biases and norms included (fresh ones are 0 and 1)."""
+def tiny_model(family, seed=0, kind="CausalLM", **config):
+    """A model with random weights, biases and norms included (fresh ones are 0 and 1)."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **config)).eval()
-    return jitter(model)
-
-
-def tiny_reward_model(family, seed=1, **config):
-    torch.manual_seed(seed)
-    config = tiny_config(family, num_labels=1, **config)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    return jitter(model)
-
-
-def jitter(model):
+    auto_class = getattr(transformers, f"AutoModelFor{kind}")
+    model = auto_class.from_config(tiny_config(family, **config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def tiny_reward_model(family, seed=1, **config):
+    return tiny_model(family, seed, "SequenceClassification", num_labels=1, **config)
 
 
 def tiny_tokenizer(pad_is_eos=False, chat=False):
@@ -161,6 +149,6 @@ def read_jsonl(path):
 
 
 def plain_logits(model, ids):
-    """The yardstick of most tests: one row, no padding, mask or cache, the stock forward -> [len(ids), V]."""
+    """The yardstick: one row, no padding, mask or cache, the stock forward -> [len(ids), V]."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]

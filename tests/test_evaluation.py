@@ -1,6 +1,7 @@
 """What a run of stage 3 leaves behind: eval.jsonl and samples.jsonl checked by hand, and all that is
 saved."""
 
+import contextlib
 import math
 
 import pytest
@@ -118,30 +119,32 @@ def test_what_is_saved(trained):
     assert head["score_scale"].tolist() == pytest.approx([raw.mean().item(), raw.std(correction=1).item()])
 
 
-def test_a_rule_that_looks_at_the_row(tmp_path, monkeypatch):
-    """--reward_model_path "" and a reward_fn that looks at `rows`: in training and in eval.jsonl each
-    response is judged by its own row."""
+FORMS = {"tensor": lambda x: x, "list": lambda x: x.tolist(), "numpy": lambda x: x.double().numpy()}
+WRONG = {"mean": torch.mean, "shape [1]": lambda x: x[:1], "column": lambda x: x[:, None]}
+
+
+@pytest.mark.parametrize("form", [*FORMS, *WRONG])
+def test_a_rule_that_looks_at_the_row(form, tmp_path, monkeypatch, refused):
+    """In training and in eval.jsonl each response is judged by its own row, whatever holds the numbers; one
+    number for a micro-batch is refused, not spread over it."""
 
     def rule(reward_model, tokenizer, sequences, starts, lengths, rows):
-        assert reward_model is None
         spans = zip(sequences, starts, lengths)
         texts = [tokenizer.decode(ids[a:b], skip_special_tokens=True) for ids, a, b in spans]
-        prompts = [tokenizer.decode(ids[:a]) for ids, a in zip(sequences, starts)]
-        assert prompts == [f"Q: {row['prompt']}\nA:" for row in rows]
-        return torch.tensor([hand(text, row["prompt"]) for row, text in zip(rows, texts)])
+        assert [tokenizer.decode(x[:a]) for x, a in zip(sequences, starts)] == [prompt(row) for row in rows]
+        scores = [hand(text, row["prompt"]) for row, text in zip(rows, texts)]
+        return (FORMS | WRONG)[form](torch.tensor(scores))
 
-    def hand(text, prompt):
-        return len(text) + 10.0 * ord(prompt[-1])
-
+    prompt = lambda row: f"Q: {row['prompt']}\nA:"
+    hand = lambda text, prompt: len(text) + 10.0 * ord(prompt[-1])
     monkeypatch.setattr(ppo, "reward_fn", rule)
-    run(tmp_path, reward_model_path="", total_episodes=B, learning_rate=1e-9)
-    mean, std = load_file(tmp_path / "ppo/value_head.safetensors")["score_scale"].tolist()
-    rows = read_jsonl(tmp_path / "ppo/eval.jsonl")
-    for row in rows:
-        assert row["sft"] == row["ppo"] and row["sft_score"] == row["ppo_score"]  # nothing was learned
-        expected = (hand(row["sft"], row["prompt"]) - mean) / std
-        assert row["sft_score"] == pytest.approx(expected, abs=1e-3)
-    assert len({row["sft_score"] for row in rows}) > 4
+    with refused("one number per response") if form in WRONG else contextlib.nullcontext():
+        run(tmp_path, reward_model_path="", total_episodes=B, learning_rate=1e-9)
+        mean, std = load_file(tmp_path / "ppo/value_head.safetensors")["score_scale"].tolist()
+        rows = read_jsonl(tmp_path / "ppo/eval.jsonl")
+        expected = [(hand(row["sft"], row["prompt"]) - mean) / std for row in rows]
+        assert [row["sft_score"] for row in rows] == pytest.approx(expected, abs=1e-3)
+        assert len({*expected}) > 4
 
 
 @pytest.mark.parametrize("value, batch", [(0.1, 8), (0.3, 1)])

@@ -1,10 +1,13 @@
-"""The mathematics of ppo_rlhf.py against numbers by hand and brute force. (Both losses are in the loop
-itself: test_ppo_step.py compares them and their gradients with an oracle.)"""
+"""What the oracle of test_ppo_step.py does not see: the examples in docstrings, scales at which numbers could
+get lost, and whether the whole leads where theory says."""
 
+import math
 import re
 
 import pytest
 import torch
+from conftest import ppo_flags, read_jsonl, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 
 import ppo_rlhf as ppo
 
@@ -29,58 +32,39 @@ def test_worked_examples():
     assert deltas == pytest.approx(value["delta"], abs=1e-6)
 
 
-def test_score_lands_on_the_last_real_token_of_its_own_row():
-    """Rows of every length: a score one slot late falls on padding, or off the end of the longest row."""
-    mask = torch.ones(5, 5).tril()
-    kl = torch.randn(5, 5) * mask
-    kl_before = kl.clone()
-    scores = torch.arange(1.0, 6.0)
-    assert torch.equal(ppo.penalized_rewards(scores, kl, mask, 0.0), scores.diag())
-    torch.testing.assert_close(ppo.penalized_rewards(scores, kl, mask, 0.3), scores.diag() - 0.3 * kl)
-    assert torch.equal(kl, kl_before), "the input was changed in place"
-
-
-def gae_by_definition(rewards, values, gamma, lam):
-    """Schulman et al. 2015, eq. 16, of one episode, as the double sum that it is: lists of floats."""
-    n = len(rewards)
-    after = [*values[1:], 0.0]  # the value after the last token: the episode is over
-    deltas = [rewards[t] + gamma * after[t] - values[t] for t in range(n)]
-    return [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, n)) for t in range(n)]
-
-
-@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.99, 0.95), (0.9, 0.0), (0.0, 0.9)])
-def test_gae_of_ragged_rows_equals_the_double_sum(gamma, lam):
-    """Rows of every length, from EOS at once to the last slot; nothing leaks out of garbage on padding."""
-    T = 7
-    mask = torch.ones(T, T).tril()
-    rewards, values = torch.randn(2, T, T)
-    garbage = torch.where(torch.rand(T, T) < 0.5, 1e6, -1e6) * (1 - mask)
-    inputs = [rewards * mask + garbage, values * mask + garbage]
-    before = inputs[1].clone()
-    advantages, returns = ppo.gae(*inputs, mask, gamma, lam)
-    for i in range(T):
-        n = i + 1
-        expected = gae_by_definition(rewards[i, :n].tolist(), values[i, :n].tolist(), gamma, lam)
-        assert advantages[i, :n].tolist() == pytest.approx(expected, abs=1e-5)
-        torch.testing.assert_close(returns[i, :n], advantages[i, :n] + values[i, :n])
-        assert advantages[i, n:].eq(0).all() and returns[i, n:].eq(0).all()
-    assert torch.equal(inputs[1], before), "gae changed its input in place"
-
-
-def test_whitening_is_pinned():
-    """1, 2, 3, 4 among garbage: an inverted shift, padding in the statistics, division by the variance."""
-    x = torch.tensor([[1.0, 2, 1e6], [3, 4, -1e6]])
-    mask = torch.tensor([[1.0, 1, 0], [1, 1, 0]])
-    expected = torch.tensor([[-1.3416408, -0.4472136, 0], [0.4472136, 1.3416408, 0]])
-    torch.testing.assert_close(ppo.whiten(x, mask), expected, atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("shift, scale", [(100, 1), (-3, 1e-2), (0, 1e3)])
-def test_whitening_gives_mean_0_and_deviation_1(shift, scale):
-    """Whatever the scale of the rewards; and equal advantages become 0, not NaN."""
+def test_whitening(shift, scale):
+    """Mean 0 and deviation 1 whatever the scale of the rewards; equal advantages become 0, not NaN."""
     mask = torch.ones(16, 16).tril()
-    out = ppo.whiten(torch.randn(16, 16) * scale + shift, mask)
-    real = out[mask.bool()].double()
+    real = ppo.whiten(torch.randn(16, 16) * scale + shift, mask)[mask.bool()].double()
     assert real.mean().item() == pytest.approx(0, abs=2e-4)
     assert real.std(correction=0).item() == pytest.approx(1, abs=1e-3)
     assert ppo.whiten(torch.full((16, 16), 7.0), mask).abs().max() < 1e-2
+
+
+def test_beta_leads_to_the_optimum_that_theory_names(tmp_path, monkeypatch):
+    """The best policy under a KL penalty is proportional to reference * exp(score / beta), the score in units
+    of the first rollout's deviation. The rule counts letters, so a byte is one with probability q."""
+
+    def count_letters(reward_model, tokenizer, sequences, starts, lengths, rows):
+        spans = zip(sequences, starts, lengths)
+        texts = [tokenizer.decode(ids[a:b], skip_special_tokens=True) for ids, a, b in spans]
+        return [sum("a" <= c <= "z" for c in text) for text in texts]
+
+    monkeypatch.setattr(ppo, "reward_fn", count_letters)
+    share, beta, T = 26 / 258, 0.35, 8  # of the vocabulary are letters, and the policy starts nearly uniform
+    policy, prompts = tiny_model("gpt2", initializer_range=0.02), ["one", "two two", "three?", "4"]
+    flags = ppo_flags(tmp_path, policy, None, tiny_tokenizer(), prompts, ["five"])
+    flags |= dict(max_new_tokens=T, batch_size=64, total_episodes=64 * 24, num_mini_batches=2)
+    flags |= dict(num_ppo_epochs=4, per_device_train_batch_size=32, learning_rate=3e-3, beta=beta)
+    ppo.main(ppo.Args(**flags, temperature=1.0, missing_eos_penalty=0.0))
+    mean, std = load_file(tmp_path / "ppo/value_head.safetensors")["score_scale"].tolist()
+    last = read_jsonl(tmp_path / "ppo/metrics.jsonl")[-5:]
+    score, kl = (sum(row[f"objective/{name}"] for row in last) / 5 for name in ("scores", "kl"))
+    odds = share / (1 - share) * math.exp(1 / (beta * std))
+    q = odds / (1 + odds)
+    assert score * std + mean == pytest.approx(T * q, rel=0.1)  # at twice the beta 2.9, at half of it 7.8
+    expected = T * (q * math.log(q / share) + (1 - q) * math.log((1 - q) / (1 - share)))
+    assert kl == pytest.approx(expected, rel=0.2)
+    (answer,) = read_jsonl(tmp_path / "ppo/eval.jsonl")
+    assert answer["ppo_score"] > answer["sft_score"]

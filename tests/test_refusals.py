@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import shutil
 
 import conftest
@@ -19,7 +20,6 @@ STAGES = {"sft": sft, "reward_model": reward_model, "ppo_rlhf": ppo_rlhf}
 EVERY = tuple(STAGES)
 TRAINED, SFT, RM, PPO = EVERY[:2], EVERY[:1], EVERY[1:2], EVERY[2:]
 ROW = {"prompt": "Hi", "completion": "Hello", "chosen": "good", "rejected": "bad"}
-LAST = {"sft": "completion", "reward_model": "rejected", "ppo_rlhf": "prompt"}
 
 
 def main(stage, **other):
@@ -57,55 +57,75 @@ def tree(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# ---- Ways to spoil what a stage reads; each is called with the folder and the stage's name ----
+# ---- Numbers ----
+
+AT_LEAST_1 = "eval_steps save_steps per_device_train_batch_size gradient_accumulation_steps max_length"
+AT_LEAST_1 += " total_episodes batch_size rollout_batch_size num_mini_batches num_generations num_ppo_epochs"
+AT_LEAST_1 += " max_new_tokens max_prompt_length"
+AT_LEAST_0 = "learning_rate max_grad_norm weight_decay lm_coef center_coef value_learning_rate beta cliprange"
+AT_LEAST_0 += " cliprange_value vf_coef entropy_coef adaptive_kl_target"
+NUMBERS = dict.fromkeys(AT_LEAST_1.split(), 0) | dict.fromkeys(AT_LEAST_0.split(), -0.1)
+NUMBERS |= {
+    "num_train_epochs": -1,
+    "warmup_steps": -1,
+    "seed": -1,
+    "gamma": 1.5,
+    "lam": 1.5,
+    "temperature": 0.0,
+}
+ALLOWED = {"warmup_steps": 0, "seed": 0, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_steps": -1}
+ALLOWED |= {"beta": 0.0, "gamma": 0.0, "lam": 0.0, "missing_eos_penalty": -1.0, "length_penalty": -0.1}
+ALLOWED |= {"lm_coef": 0.0, "center_coef": 0.0, "vf_coef": 0.0}
 
 
-def rows(make):
-    """Other rows, made of a good one and the stage's last column, in both splits: one schema."""
+@pytest.mark.parametrize("stage", EVERY)
+def test_numbers(stage, tmp_path, monkeypatch, refused):
+    """With which a run would train nothing, or the wrong way, or stop halfway: refused before all else. A 0
+    that means something is not."""
+    monkeypatch.chdir(tmp_path)
+    own = lambda table: {name: value for name, value in table.items() if hasattr(STAGES[stage].Args, name)}
+    for name, value in own(NUMBERS).items():
+        with refused(f"--{name}"):
+            main(stage, **{name: value})
+    STAGES[stage].check_numbers(STAGES[stage].Args(**own(ALLOWED)))
+    assert not tree(tmp_path)
 
-    def spoil(folder, stage):
-        content = make(ROW, LAST[stage])
-        lines = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
-        for split in ("train", "test"):
-            (folder / f"data/{split}.jsonl").write_text(lines)
+
+# ---- Ways to spoil what a stage reads; each is called with the folder ----
+
+
+def rows(*rows):
+    return lambda folder: [write_jsonl(folder / f"data/{split}.jsonl", rows) for split in ("train", "test")]
+
+
+def edit(name, **changes):
+    def spoil(folder):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return spoil
 
 
-def last(value):
-    """The last column is something else, in the second of three rows, or in all to be of one type."""
-    everywhere = not isinstance(value, str | None)
-    return rows(lambda row, name: [{**row, name: value} if everywhere or i == 1 else row for i in range(3)])
-
-
-def without(row, name):
-    """Neither the column nor another that would do in its place."""
-    return [{"prompt": "Hi"} if name != "prompt" else {"completion": "Hello"}] * 2
-
-
-PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
-
-
-def tokenizer(name="base", **changes):
-    def spoil(folder, stage):
+def tokenizer(**changes):
+    def spoil(folder):
         changed = tiny_tokenizer()
         for field, value in changes.items():
             setattr(changed, field, value)
-        (folder / name / "chat_template.jinja").unlink()
-        changed.save_pretrained(folder / name)
+        (folder / "base/chat_template.jinja").unlink()
+        changed.save_pretrained(folder / "base")
 
     return spoil
 
 
 def model(make, name="base"):
-    return lambda folder, stage: save(make(), tiny_tokenizer(), folder / name)
+    return lambda folder: save(make(), tiny_tokenizer(), folder / name)
 
 
-def scaled(folder, stage):
+def scaled():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 258, "initializer_range": 1.0}
     config = transformers.Gemma2Config(**sizes, final_logit_softcapping=5.0)
-    model(lambda: transformers.AutoModelForCausalLM.from_config(config))(folder, stage)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def with_bias():
@@ -114,7 +134,11 @@ def with_bias():
     return changed
 
 
-def shift_ids(folder, stage):
+def judge(**config):
+    return model(lambda: tiny_model("gpt2", 1, "SequenceClassification", **config), "rm")
+
+
+def shifted(folder):
     """The letters of the reward model's tokenizer have other ids."""
     path = folder / "rm/tokenizer.json"
     other = json.loads(path.read_text())
@@ -123,124 +147,109 @@ def shift_ids(folder, stage):
     path.write_text(json.dumps(other))
 
 
-def used(folder, stage):
-    write_jsonl(folder / "out/metrics.jsonl", [{"step": 1}])
-
-
-def missing(name):
-    return lambda folder, stage: (folder / name).unlink()
-
-
-def edit(name, **changes):
-    def spoil(folder, stage):
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def template(old, new):
+    def spoil(folder):
+        path = folder / "rm/chat_template.jinja"
+        path.write_text(path.read_text().replace(old, new))
 
     return spoil
 
 
-def finished(folder, stage):
-    main(stage)
-
-
-nothing = None
+PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+LONG = {**ROW, "prompt": "x" * 90}
+RESUME = {"resume": True}
+nothing = lambda folder: None
 # One stage where what refuses is shared by all. name: (stages, what is spoilt, flags, words of the message)
 CASES = {
     "no SFT model yet": (EVERY[1:], nothing, {"model_name_or_path": "runs/sft"}, "runs/sft"),
     "no reward model yet": (PPO, nothing, {"reward_model_path": "runs/rm"}, "runs/rm"),
-    "output_dir in use": (EVERY, used, {}, "out is not empty"),
+    "no model in a folder": (SFT, nothing, {"model_name_or_path": "data"}, "no model in data"),
+    "output_dir in use": (
+        EVERY,
+        lambda folder: write_jsonl(folder / "out/x.jsonl", []),
+        {},
+        "out is not empty",
+    ),
     "output_dir is the input": (EVERY, nothing, {"output_dir": "base"}, "base is the folder of an input"),
     "... with --overwrite": (PPO, nothing, {"output_dir": "data/../base", "overwrite": True}, "input"),
     "output_dir is the reward model": (PPO, nothing, {"output_dir": "rm", "overwrite": True}, "input"),
     "no data set": (RM, nothing, {"dataset_name": "nowhere"}, "nowhere"),
+    "a file as data set": (SFT, nothing, {"dataset_name": "data/train.jsonl"}, "folder"),
     "no split": (EVERY, nothing, {"dataset_train_split": "trian"}, "trian"),
-    "no test split": (PPO, missing("data/test.jsonl"), {}, "split test"),
-    "not JSON": (SFT, rows(lambda row, name: json.dumps(row) + '\n{"prompt":\n'), {}, "data"),
-    "no rows": (SFT, rows(lambda row, name: []), {}, "data"),
-    "column missing": (EVERY, rows(without), {}, "row 1"),
-    "column empty": (EVERY, last(""), {}, "row 2"),
-    "column null": (
-        SFT,
-        rows(lambda row, name: [{"prompt": "Hi", name: x} for x in ("a", None)]),
-        {},
-        "row 2",
-    ),
-    "column of numbers": (RM, last(3), {}, "row 1"),
-    "messages without content": (SFT, last([{"role": "user", "content": None}]), {}, "row 1"),
-    "no messages": (RM, last([]), {}, "row 1"),
+    "no test split": (PPO, lambda folder: (folder / "data/test.jsonl").unlink(), {}, "data, test"),
+    "not JSON": (SFT, lambda folder: (folder / "data/train.jsonl").write_text('{"prompt":\n'), {}, "row 1"),
+    "no rows": (SFT, rows(), {}, "no rows"),
     "all too long": (TRAINED, nothing, {"max_length": 3}, "max_length"),
     "all prompts too long": (PPO, nothing, {"max_prompt_length": 3}, "max_prompt_length"),
-    "no pair differs": (RM, rows(lambda row, name: [{**row, name: "good"}]), {}, "pairs"),
-    "beyond the context": (EVERY, rows(lambda row, name: [{**row, "prompt": "x" * 120}]), {}, "context"),
-    "beyond the context, sampled": (PPO, nothing, {"max_new_tokens": 90}, "context"),
+    "beyond the context": (TRAINED, rows({**ROW, "prompt": "x" * 120}), {}, "context"),
+    "beyond the context, sampled": (("sft", "ppo_rlhf"), rows(ROW, LONG), {"max_new_tokens": 40}, "context"),
+    "... of the reward model": (PPO, judge(num_labels=1, positions=11), {}, "context of 11"),
     "no episodes of that number": (PPO, nothing, {"total_episodes": 10}, "--total_episodes"),
     "no minibatches of that number": (PPO, nothing, {"num_mini_batches": 3}, "--num_mini_batches"),
-    "temperature 0": (PPO, nothing, {"temperature": 0.0}, "--temperature"),
-    "beta below 0": (PPO, nothing, {"beta": -0.1}, "--beta"),
-    "beta 0 that is to adapt": (
-        PPO,
-        nothing,
-        {"beta": 0.0, "adaptive_kl_target": 3.0},
-        "--adaptive_kl_target",
-    ),
+    "no groups of that size": (PPO, nothing, {"num_generations": 3}, "--num_generations"),
+    "beta 0 that is to adapt": (PPO, nothing, {"beta": 0.0, "adaptive_kl_target": 3.0}, "--beta"),
+    "no rule": (PPO, nothing, {"reward_model_path": ""}, "write it into reward_fn"),
     "no EOS": (SFT, tokenizer(eos_token=None), {}, "EOS"),
     "a template that writes no text": (EVERY, tokenizer(chat_template=PARTS), {}, "template"),
-    "another tokenizer": (PPO, shift_ids, {}, "tokenizer"),
+    "another tokenizer": (PPO, shifted, {}, "tokenizer"),
+    "another template": (PPO, template("Q: ", "Q:"), {}, "template"),
+    "a template that ends otherwise": (PPO, template("eos_token", "'.'"), {}, "template"),
     "a weight missing": (RM, edit("base/config.json", n_layer=3), {}, "h.2."),
     "a weight left over": (EVERY, edit("base/config.json", n_layer=1), {}, "h.1."),
     "a classifier as model": (EVERY, model(lambda: tiny_reward_model("gpt2")), {}, "score.weight"),
     "a language model as reward": (PPO, model(lambda: tiny_model("gpt2"), "rm"), {}, "score.weight"),
+    "two labels": (PPO, judge(num_labels=2), {}, "one label"),
     "a reward head with a bias": (PPO, model(with_bias, "rm"), {}, "score.bias"),
-    "scaled logits": (EVERY, scaled, {}, "gemma2"),
-    "a changed flag": (EVERY, finished, {"resume": True, "seed": 5}, "--seed 5"),
+    "scaled logits": (TRAINED, model(scaled), {}, "gemma2"),
+    "a changed flag": (EVERY, nothing, {"seed": 5, **RESUME}, "--seed 5"),
+    "another learning rate": (EVERY, nothing, {"learning_rate": 5e-3, **RESUME}, "--learning_rate 0.005"),
+    "changed data": (EVERY, rows(ROW, {**ROW, "prompt": "Ho"}), RESUME, "data have changed"),
+    "the run of another stage": (TRAINED, lambda folder: main("ppo_rlhf"), RESUME, "no flag of this stage"),
+    "a model, no checkpoint": (EVERY, model(lambda: tiny_model("gpt2"), "out"), RESUME, "no checkpoint"),
 }
+FINISHED = ("a changed flag", "another learning rate", "changed data")
 
 
 @pytest.mark.parametrize("name, stage", [(name, stage) for name, case in CASES.items() for stage in case[0]])
-def test_refused(name, stage, world, capsys):
+def test_refused(name, stage, world, refused):
     """One line on stderr, status 2, and no file has changed."""
     _, spoil, other, words = CASES[name]
-    if spoil:
-        spoil(world, stage)
+    if name in FINISHED:
+        main(stage)
+    spoil(world)
     before = tree(world)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
+    with refused(words):
         main(stage, **other)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert words in error
     assert tree(world) == before
 
 
-def test_ids_that_the_reward_model_has_no_embedding_for(tmp_path, capsys):
+def test_code_of_a_model_is_not_run(world, monkeypatch):
+    """Nor is standard input asked about it, where a pipe may say yes."""
+    edit("base/config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"})(world)
+    (world / "base/mine.py").write_text("raise RuntimeError('this ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        main("sft")
+
+
+def test_ids_that_the_reward_model_has_no_embedding_for(tmp_path, refused):
     """Neither an IndexError of the critic, which has the same embeddings, nor a device assert."""
     policy = tiny_model("gpt2")
     policy.resize_token_embeddings(400)
     flags = conftest.ppo_flags(tmp_path, policy, tiny_reward_model("gpt2"), tiny_tokenizer(), ["a", "bcd"])
-    flags |= dict(total_episodes=8, batch_size=8, max_new_tokens=8)
-    with pytest.raises(SystemExit) as end:
-        ppo_rlhf.main(ppo_rlhf.Args(**flags))
-    assert end.value.code == 2 and "no embedding" in capsys.readouterr().err
+    with refused("no embedding"):
+        ppo_rlhf.main(ppo_rlhf.Args(**flags, total_episodes=8, batch_size=8, max_new_tokens=8))
 
 
 @pytest.mark.parametrize("stage", EVERY)
-def test_a_mistyped_flag(stage, capsys):
-    """It is named, with status 2, before anything is read."""
-    with pytest.raises(SystemExit) as end:
-        tyro.cli(STAGES[stage].Args, args=["--out_dir", "x"])
-    assert end.value.code == 2 and "--out_dir" in capsys.readouterr().err.replace("-dir", "_dir")
-
-
-@pytest.mark.parametrize("stage", EVERY)
-def test_a_loss_that_is_not_finite(stage, world, monkeypatch, capsys):
-    """Nothing is stepped, the last checkpoint and the figures until then stand, and --resume goes on from
+def test_a_loss_that_is_not_finite(stage, world, monkeypatch, refused):
+    """Nothing is stepped, the last checkpoint and the figures until then stand, and --resume continues from
     there."""
     other = {"save_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4}
     other |= {"total_episodes": 20} if stage == "ppo_rlhf" else {"max_steps": 5}
     clip, calls = torch.nn.utils.clip_grad_norm_, []
-    third = (
-        3 if stage != "ppo_rlhf" else 2 * 2 * 2 + 2
-    )  # of two passes over two minibatches; not an update's first
+    # In stage 3 of two passes over two minibatches; not an update's first
+    third = 3 if stage != "ppo_rlhf" else 2 * 2 * 2 + 2
 
     def clip_grad_norm_(parameters, *limit):
         parameters = list(parameters)
@@ -249,11 +258,9 @@ def test_a_loss_that_is_not_finite(stage, world, monkeypatch, capsys):
             next(p for p in parameters if p.grad is not None).grad[0] = math.nan
         return clip(parameters, *limit)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+    with monkeypatch.context() as patch, refused(" 3: gradient not finite"):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
         main(stage, **other)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and " 3: " in error and "not finite" in error and error.count("\n") == 1
     assert [row.get("step", row.get("update")) for row in read_jsonl(world / "out/metrics.jsonl")] == [1, 2]
     state = torch.load(world / "out/checkpoint/state.pt")
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -263,8 +270,9 @@ def test_a_loss_that_is_not_finite(stage, world, monkeypatch, capsys):
     assert (world / "out/model.safetensors").read_bytes() == (world / "whole/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("stage", TRAINED)
-def test_max_steps_of_minus_1_are_none(stage, world):
-    """As elsewhere, -1 leaves it to the epochs. Catches an untrained model that is saved as a trained one."""
-    main(stage, max_steps=-1, num_train_epochs=3)
-    assert len(read_jsonl("out/metrics.jsonl")) == 6
+@pytest.mark.parametrize("stage", EVERY)
+def test_ctrl_c(stage, monkeypatch, refused):
+    """It says how to continue."""
+    monkeypatch.setattr(tyro, "cli", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with refused("--resume continues"):
+        runpy.run_path(STAGES[stage].__file__, run_name="__main__")

@@ -201,7 +201,7 @@ def check_defaults(stage, monkeypatch, rates, epochs):
         monkeypatch.setattr("transformers.PreTrainedModel.num_parameters", lambda self, size=size: size)
         rows = metrics()
         assert len(rows) == 3 * passes and max(row["lr"] for row in rows) == rate  # eleven examples by four
-    rows = metrics(learning_rate=0.5e-3, num_train_epochs=2)
+    rows = metrics(learning_rate=0.5e-3, num_train_epochs=2, max_steps=-1)
     assert len(rows) == 6 and rows[0]["lr"] == 0.5e-3
     some, others = metrics(num_train_epochs=2, max_steps=2, seed=2), metrics(max_steps=2)
     assert len(some) == len(others) == 2 and "eval/loss" in some[1]
