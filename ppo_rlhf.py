@@ -39,6 +39,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -576,7 +577,6 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id,
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
     position = positions[:, -1:] + 1  # [B, 1] of the newest token
     cache = transformers.StaticCache(model.config, max_cache_len=P + T)
-    inputs = {"attention_mask": attention_mask, "cache": cache}
     responses = prompts.new_full((B, T), pad_id)  # [B, T]
     logprobs = torch.zeros_like(uniforms.T)  # [B, T]
     lengths = prompts.new_zeros(B)  # [B]
@@ -600,17 +600,19 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id,
         step.add_(1)
 
     def decode_step():
-        output = model.base_model(token, position_ids=position, **inputs)
+        output = model.base_model(token, attention_mask=attention_mask, position_ids=position, cache=cache)
         position.add_(1)
         sample_next(output.last_hidden_state[:, -1])
 
-    output = model.base_model(prompts, position_ids=positions, **inputs)
+    # Recurrent layers, as in Qwen3.5, read the last P entries of a mask, so they need the prompts' own
+    prefill_mask = prompt_mask if model._is_stateful else attention_mask
+    output = model.base_model(prompts, attention_mask=prefill_mask, position_ids=positions, cache=cache)
     sample_next(output.last_hidden_state[:, -1])
     run_step = decode_step
     first = 1
-    if prompts.is_cuda and cuda_graph and T > 3 and not any(cache.is_sliding):
+    if prompts.is_cuda and cuda_graph and T > 3 and not any(cache.is_sliding) and not model._is_stateful:
         # A CUDA graph: launching the step's many small kernels takes longer than running them. Sliding
-        # windows are counted in Python, which a replay would not see.
+        # windows are counted in Python, which a replay would not see; recurrent states are untried.
         stream = side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # two real steps first: libraries allocate, which recording forbids
@@ -862,8 +864,12 @@ def load_pretrained(auto_class, path, head=None, **options):  # [shared]
         tokenizer = tokenizer_class.from_pretrained(path, eos_token=tokenizer.eos_token)
     options |= {"dtype": torch.float32, "output_loading_info": True}
     model, info = auto_class.from_pretrained(path, **trust, **options)
-    # A weight missing from the file would silently be random. The causal head is left over in a classifier
-    wrong = info["missing_keys"] - {head} if head else info["missing_keys"] | info["unexpected_keys"]
+    # A weight missing from the file would silently be random. What is left over is a fault too, but for the
+    # head of a causal model in a classifier, and for buffers that older versions saved.
+    wrong = info["missing_keys"] - {head}
+    if not head:
+        buffers = r"(masked_bias|attention\.bias|inv_freq|causal_mask|embed_positions)$"
+        wrong |= {name for name in info["unexpected_keys"] if not re.search(buffers, name)}
     if wrong:
         fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {sorted(wrong)[:4]}")
     if tokenizer.eos_token_id is None:
@@ -897,7 +903,7 @@ def check_model(model, tokenizer, rows, extra=0):  # [shared]
     pair = tokenizer.pad({"input_ids": pair}, padding_side="right", return_tensors="pt")
     if model.base_model is not model:
         ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
-        difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
+        difference = (model(**pair, use_cache=False).logits - ours)[pair.attention_mask == 1]  # [N, V]
         if difference.abs().max() < 1e-2:
             return
     fail(f"model family {config.model_type} is not supported: no backbone, or logits changed afterwards")
@@ -916,9 +922,9 @@ def check_context(config, length):  # [shared]
 
 
 def can_be_sampled(model):  # [shared]
-    """Whether the sampler's cache fits a family: no recurrent state, and keys and values to keep."""
+    """Whether a family keeps its keys, values and states in the sampler's cache."""
     arguments = inspect.signature(model.base_model.forward).parameters
-    return "cache" in arguments and model._supports_default_dynamic_cache() and not model._is_stateful
+    return "cache" in arguments and model._supports_default_dynamic_cache()
 
 
 def enable_checkpointing(model):

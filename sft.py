@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -455,8 +456,12 @@ def load_pretrained(auto_class, path, head=None, **options):  # [shared]
         tokenizer = tokenizer_class.from_pretrained(path, eos_token=tokenizer.eos_token)
     options |= {"dtype": torch.float32, "output_loading_info": True}
     model, info = auto_class.from_pretrained(path, **trust, **options)
-    # A weight missing from the file would silently be random. The causal head is left over in a classifier
-    wrong = info["missing_keys"] - {head} if head else info["missing_keys"] | info["unexpected_keys"]
+    # A weight missing from the file would silently be random. What is left over is a fault too, but for the
+    # head of a causal model in a classifier, and for buffers that older versions saved.
+    wrong = info["missing_keys"] - {head}
+    if not head:
+        buffers = r"(masked_bias|attention\.bias|inv_freq|causal_mask|embed_positions)$"
+        wrong |= {name for name in info["unexpected_keys"] if not re.search(buffers, name)}
     if wrong:
         fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {sorted(wrong)[:4]}")
     if tokenizer.eos_token_id is None:
@@ -478,7 +483,7 @@ def check_model(model, tokenizer, rows, extra=0):  # [shared]
     pair = tokenizer.pad({"input_ids": pair}, padding_side="right", return_tensors="pt")
     if model.base_model is not model:
         ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
-        difference = (model(**pair).logits - ours)[pair.attention_mask == 1]  # [N, V]
+        difference = (model(**pair, use_cache=False).logits - ours)[pair.attention_mask == 1]  # [N, V]
         if difference.abs().max() < 1e-2:
             return
     fail(f"model family {config.model_type} is not supported: no backbone, or logits changed afterwards")
@@ -497,9 +502,9 @@ def check_context(config, length):  # [shared]
 
 
 def can_be_sampled(model):  # [shared]
-    """Whether the sampler's cache fits a family: no recurrent state, and keys and values to keep."""
+    """Whether a family keeps its keys, values and states in the sampler's cache."""
     arguments = inspect.signature(model.base_model.forward).parameters
-    return "cache" in arguments and model._supports_default_dynamic_cache() and not model._is_stateful
+    return "cache" in arguments and model._supports_default_dynamic_cache()
 
 
 def load_checkpoint(args, inputs, changeable=()):  # [shared]

@@ -15,7 +15,7 @@ import families  # noqa: E402
 
 # What people use most (gpt_neox: Pythia; llama: SmolLM too), and other kinds of positions, experts and states
 WORK = "llama qwen2 qwen3 gpt_neox gpt2 gemma gemma3_text mistral phi3 olmo2 smollm3".split()
-WORK += "opt mpt bloom mixtral".split()
+WORK += "opt mpt bloom mixtral qwen3_5_text".split()
 # Family: (which stage refuses it, what it says)
 REFUSED = {
     "gemma2": ("stage 1", "not supported"),
