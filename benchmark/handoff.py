@@ -16,7 +16,7 @@ is enough if the template ends with the EOS, the pad is another token, and the r
     pip download --no-deps openrlhf==0.11.2 && unzip openrlhf-*.whl
     trl_env/bin/python benchmark/handoff.py --openrlhf openrlhf-0.11.2.data/purelib      # needs peft as well
 
-compares with OpenRLHF's own loader of reward models instead, what needs a GPU in it replaced by stubs. It
+compares with OpenRLHF's own loader of reward models instead, stubs in place of what it needs besides. It
 loads in bf16 or fp16 alone; scores must agree in fp32, which is put in.
 """
 
@@ -151,7 +151,14 @@ def check_openrlhf(source, base, tokenizer, rows):
     import transformers.integrations.deepspeed  # noqa: F401
 
     sys.path.insert(0, str(source))
-    for name in ("deepspeed", "flash_attn", "flash_attn.bert_padding", "flash_attn.utils.distributed"):
+    stubs = (
+        "deepspeed",
+        "flash_attn",
+        "flash_attn.bert_padding",
+        "flash_attn.utils.distributed",
+        "pylatexenc",
+    )
+    for name in stubs:
         sys.modules[name] = stub = MagicMock()
         stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
     from openrlhf.models import get_llm_for_sequence_regression

@@ -324,7 +324,7 @@ def print_frontiers(runs):
         table.append(cells)
     if table:
         print("\nAt equal KL, between finished runs of several betas: gold score (seeds), difference\n")
-        common.print_table(["", *(f"{level} nats" for level in LEVELS)], table)
+        common.print_table(["", "1 nat", *(f"{level} nats" for level in LEVELS[1:])], table)
 
 
 def draw(runs, path):

@@ -1,6 +1,8 @@
 """What the README says of commands and files is true."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,6 +40,14 @@ def test_files_that_it_names_exist():
     )
     assert {"sft.py", "reward_model.py", "ppo_rlhf.py"} <= {*links, *code}
     assert [name for name in {*links, *code} if not (REPOSITORY / name).exists()] == []
+
+
+def test_tables_are_what_the_rows_say():
+    done = subprocess.run(
+        [sys.executable, "benchmark/check_tables.py"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) cells agree, 0 do not", done.stdout)[1]) > 200
 
 
 def speaking_model():
