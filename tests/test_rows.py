@@ -1,7 +1,6 @@
 """From rows to ids, in all stages: what is read, which rows are left out and why, what is refused, and that
 ids are those of the tokenizer's own chat template and end where it ends a turn."""
 
-import datetime
 import json
 import re
 
@@ -67,16 +66,10 @@ LLAMA3 = chat_of("[{{ m.role }}]\n\n{{ m.content | trim }}<|eot_id|>", "[assista
 PHI3 = chat_of("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n{% else %}{{ eos_token }}")
 LAST = "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
 QWEN3_TURN = "<|im_start|>{{ m.role }}\n" + LAST + "{{ m.content }}<|im_end|>\n"
-R1_ANSWER = "<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
-R1_TURN = "{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}" + R1_ANSWER + "{% endif %}"
-R1 = chat_of(R1_TURN, "<|Assistant|><think>\n", "{{ bos_token }}")
-ZEPHYR = chat_of("<|{{ m.role }}|>\n{{ m.content + eos_token }}\n", "<|assistant|>\n")
+R1 = chat_of("<|{{ m.role }}|>{{ m.content }}{{ eos_token }}", "<|assistant|><think>\n")
 LLAMA2_USER = "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
 LLAMA2 = chat_of(LLAMA2_USER + " {{ m.content }} {{ eos_token }}{% endif %}", "", "{{ bos_token }}")
-TODAY = datetime.date.today().strftime("%d %b %Y")
-
 IM_END, THOUGHT = "<|im_end|>", "<think>\n\n</think>\n\n"
-DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
 U, A, FINE = "<|im_start|>user\nq?<|im_end|>\n", "<|im_start|>assistant\n", "fine<|im_end|>"
 LLAMA3_PROMPT = "<bos>[user]\n\nq?<|eot_id|>[assistant]\n\n"
 USER, ANSWER = {"role": "user", "content": "q?"}, {"role": "assistant", "content": "fine"}
@@ -89,8 +82,6 @@ KINDS = {
     "Phi 3": (byte_tokenizer(chat=PHI3), None, "<|user|>\nq?<|end|>\n<|assistant|>\n", "fine<|end|>"),
     "Qwen 3": (byte_tokenizer(IM_END, None, chat_of(QWEN3_TURN, A)), [4, 1], U + A, THOUGHT + FINE),
     "no opening": (byte_tokenizer(IM_END, None, chat_of(TURN)), 4, U, A + FINE),
-    "a date": (byte_tokenizer(IM_END, None, DATED), 4, TODAY + U + A, FINE),
-    "Zephyr": (byte_tokenizer(chat=ZEPHYR), 1, "<|user|>\nq?<eos>\n<|assistant|>\n", "fine<eos>"),
     "Llama 2": (spm_tokenizer(chat=LLAMA2), 2, None, None),
     "appends EOS": (byte_tokenizer(chat=CHATML, adds="<bos> $A <eos>"), 1, U + A, FINE),
 }
@@ -117,8 +108,8 @@ def encoded(stage, folder, rows, tokenizer, end_ids, **flags):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_ids_are_the_tokenizers_own(name, tmp_path):
-    """Of real kinds, in all stages: the prompt with its generation prompt, the chat to the end of its last
-    turn. Catches an EOS where the template has another end, a second BOS, a lost think block."""
+    """In all stages: the prompt with its generation prompt, the chat to the end of its last turn. Catches an
+    EOS where the template has another end, a second BOS, a lost think block."""
     tokenizer, configured, prompt_text, response_text = KINDS[name]
     prompt = tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template([USER, ANSWER], return_dict=False)
@@ -148,7 +139,6 @@ def test_ends_of_a_response(tmp_path):
         (CHATML, "<|im_end|>", [1, 7], [1, 4, 7]),
         (LLAMA3, "<eos>", [5], [1, 5]),
         (always_open, "<eos>", None, [1, 4]),
-        (ZEPHYR, "<eos>", 1, [1]),
         (chat_of("{{ m.content }}\n\n"), "<eos>", 2, [1, 2]),
     ):
         tokenizer = byte_tokenizer(eos, chat=chat)
@@ -164,7 +154,7 @@ CALL = [{"type": "function", "function": {"name": "clock"}}]
 CALLING = {"role": "assistant", "content": None, "tool_calls": CALL}
 CALLED = json.dumps(CALL) + IM_END
 DIALOGUE = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
-HUMAN_TURN = f"<|im_start|>user\n{DIALOGUE}<|im_end|>\n"
+HH = f"<|im_start|>user\n{DIALOGUE}<|im_end|>\n{A}"
 TOOL = "<|im_start|>tool\n3<|im_end|>\n"
 GOOD = {"prompt": "q?", "completion": "fine"}
 PAIR = {"prompt": "q?", "chosen": "fine", "rejected": "bad"}
@@ -172,10 +162,7 @@ SIDES = [U + A + FINE, U + A + "bad<|im_end|>"]
 BAD = {**ANSWER, "content": "bad"}
 
 
-def ending(text):
-    return f"{DIALOGUE} {text}"
-
-
+ending = lambda text: f"{DIALOGUE} {text}"
 READ = [  # (stage, row, what is made of it, in text)
     (sft, GOOD, [U + A, FINE]),
     (sft, {"prompt": [USER], "completion": [ANSWER], "messages": [SYSTEM], "where": 1}, [U + A, FINE]),
@@ -184,7 +171,7 @@ READ = [  # (stage, row, what is made of it, in text)
     (sft, {"messages": [USER, CALLING]}, [U + A, CALLED]),
     (sft, {"messages": [USER, {"role": "assistant", "tool_calls": CALL}]}, [U + A, CALLED]),
     (sft, {"messages": [USER, CALLING, RESULT, ANSWER]}, [f"{U}{A}{CALLED}\n{TOOL}{A}", FINE]),
-    (sft, {"chosen": ending("fine \n"), "rejected": "x"}, [HUMAN_TURN + A, FINE]),
+    (sft, {"chosen": ending("fine \n"), "rejected": "x"}, [HH, FINE]),
     (sft, {**GOOD, "completion": "\n\nAssistant: x <think>"}, [U + A, f"\n\nAssistant: x <think>{IM_END}"]),
     (sft, {**GOOD, "tools": CALL}, [f"[clock]{U}{A}", FINE]),
     (sft, {**GOOD, "tools": json.dumps(CALL)}, [f"[clock]{U}{A}", FINE]),
@@ -196,14 +183,14 @@ READ = [  # (stage, row, what is made of it, in text)
     (
         reward_model,
         {"chosen": ending("a\n\nb"), "rejected": ending("c")},
-        [f"{HUMAN_TURN}{A}{x}{IM_END}" for x in ("a\n\nb", "c")],
+        [HH + x + IM_END for x in ("a\n\nb", "c")],
     ),
     (ppo_rlhf, {"prompt": [USER], "completion": "x", "answer": 3}, [U + A]),
     (ppo_rlhf, {"prompt": "\n\nAssistant: x"}, ["<|im_start|>user\n\n\nAssistant: x<|im_end|>\n" + A]),
     (ppo_rlhf, {"messages": [USER]}, [U + A]),
     (ppo_rlhf, {"messages": [USER, ANSWER] * 2}, [f"{U}{A}{FINE}\n{U}{A}"]),
     (ppo_rlhf, {"messages": [USER, CALLING, RESULT]}, [f"{U}{A}{CALLED}\n{TOOL}{A}"]),
-    (ppo_rlhf, {"chosen": ending("a"), "rejected": "x"}, [HUMAN_TURN + A]),
+    (ppo_rlhf, {"chosen": ending("a"), "rejected": "x"}, [HH]),
 ]
 GPT, HUMAN = {**ANSWER, "role": "gpt"}, {**USER, "role": "human"}
 NULL, LONG = {"role": "assistant", "content": None}, "x" * 150
@@ -236,19 +223,15 @@ LEFT_OUT = [  # (stage, a good row, what is changed in it, each in turn, one rea
     (ppo_rlhf, CHAT, [{"messages": [x]} for x in (GPT, ANSWER)], "with a message of user or tool"),
     (ppo_rlhf, GOOD, [{"prompt": [USER, x]} for x in (GPT, ANSWER)], "with a message of user or tool"),
 ]
-MISNAMED = {"prompt": "q?", "response": "fine", "chosen": "fine", "rejected": "bad"}
+MISNAMED = [{"prompt": "q?", "chosen": "fine", "reject": "bad", "messages": [USER, BAD]}]
 REFUSED = [  # (stage, rows, words of the message)
-    (sft, [MISNAMED], "completion"),
+    (sft, [{"prompt": "q?", "response": "fine", "chosen": "fine"}], "completion"),
     (sft, [{"text": "fine"}], "completion"),
     (sft, [{"completion": "fine"}], "prompt"),
     (sft, [{"prompt": "q?", "messages": json.dumps([USER, ANSWER])}], "0 of 1"),
     (sft, [{**GOOD, "completion": 3}, GOOD], "completion"),
     (sft, [["q?", "fine"]], "row 1"),
-    (
-        reward_model,
-        [{"prompt": "q?", "chosen": "fine", "reject": "bad", "messages": [USER, BAD]}],
-        "rejected",
-    ),
+    (reward_model, MISNAMED, "rejected"),
     (reward_model, [{**PAIR, "chosen": 0.5}], "chosen"),
     (ppo_rlhf, [{"question": "q?"}], "prompt"),
     (ppo_rlhf, [GOOD, {"prompt": ""}, {"prompt": IM_END}], "in prompt (first: row 2); 1 with"),
@@ -269,8 +252,7 @@ def test_rows_that_are_read(stage, row, texts, own, tmp_path):
 
 @pytest.mark.parametrize("stage, good, changes, reason", LEFT_OUT)
 def test_rows_that_are_left_out(stage, good, changes, reason, own, tmp_path, capsys):
-    """Counted, with the reason and the first one's number; the others are as they are without them. No column
-    that stands beside is taken in its place."""
+    """Counted, with the reason and the first one's number; no column beside is taken in its place."""
     n = len(changes)
     limit = {"max_prompt_length" if stage is ppo_rlhf else "max_length": 110}
     alone = encoded(stage, tmp_path, [good] * n, *own, **limit)
@@ -311,39 +293,32 @@ def test_the_count_of_rows(capsys, refused):
     line = "test: 1,997 of 2,000 rows; 2 too long (first: row 8); 1 odd (first: row 12)\n"
     assert capsys.readouterr().out == line
     assert len(sft.encode_rows(encode_row, [7, 1, 7, 2], "test")) == 2
-    with refused("test: 2 of 5 rows; 3 too long (first: row 1)"):
+    with refused("test: 2 of 5 rows"):
         sft.encode_rows(encode_row, [7, 1, 7, 2, 7], "test")
 
 
 # ---- Reading ----
 
 
-def test_rows_as_they_stand(tmp_path, refused):
-    """Dates, nulls, numbers and separators as in the file; no other file beside it, not even a broken one;
-    columns that one split or row alone has; names that the scripts use themselves."""
+def test_rows_as_they_stand(tmp_path):
+    """Dates, nulls, numbers and separators as in the file; no other file beside it; columns that one row
+    alone has; names that the scripts use themselves."""
     rows = [{"prompt": "2020-01-01", "answer": None, "tools": [{"default": None}], "where": 1.0, "ids": [2]}]
-    rows += [
-        {"prompt": "2020-01-02T10:20:30+02:00", "answer": "1", "prompt_ids": "x"},
-        {"prompt": "a\u2028b"},
-    ]
+    rows += [{"prompt": "2020-01-02T10:20:30+02:00", "answer": "1", "row": "x"}, {"prompt": "a\u2028b"}]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "train.jsonl").write_text(text + "\n", encoding="utf-8")
     (tmp_path / "other.jsonl").write_text("{")
-    write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a", "source": "b"}])
-    assert ppo_rlhf.load_rows(str(tmp_path), "train") == rows
-    assert [type(value) for value in ppo_rlhf.load_rows(str(tmp_path), "train")[0].values()][3] is float
-    assert ppo_rlhf.load_rows(str(tmp_path), "test") == [{"prompt": "a", "source": "b"}]
+    found = ppo_rlhf.load_rows(str(tmp_path), "train")
+    assert found == rows and isinstance(found[0]["where"], float)
 
 
 def test_keys_that_arrow_adds(tmp_path):
-    """In a file of tables all messages and tools have the keys of all others, with None: not in what is read.
-    Catches a chat template that lists another tool's parameters; a column that is null stays for a rule."""
+    """In tables all messages and tools have the keys of all others, with None, which a template would list:
+    not in what is read. A column that is null stays for a rule."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]}
     tools = [{"function": {"name": name, "parameters": {name: {"type": "string"}}}} for name in ("a", "b")]
-    chats = [[USER, ANSWER], [USER, call, RESULT, ANSWER]]
-    rows = [
-        {"messages": chat, "tools": [tool], "answer": x} for chat, tool, x in zip(chats, tools, (0, None))
-    ]
+    rows = [{"messages": [USER, ANSWER], "tools": tools[:1], "answer": 0}]
+    rows += [{"messages": [USER, call, RESULT, ANSWER], "tools": tools[1:], "answer": None}]
     table = datasets.Dataset.from_list(rows)
     assert table[0]["tools"][0]["function"]["parameters"]["b"] is None
     table.to_parquet(tmp_path / "rows/train.parquet")
@@ -365,8 +340,8 @@ TEMPLATES = {  # as typed: (before and after the prompt)
 @pytest.mark.parametrize("adds", [None, "<bos> $A", "$A <eos>"])
 @pytest.mark.parametrize("make", [byte_tokenizer, spm_tokenizer])
 def test_prompt_template(template, adds, make):
-    """Without a chat template: the text as given, BOS once where the tokenizer writes it, the response after
-    one space, EOS. Catches Jinja in a text, lost line breaks, an EOS that the tokenizer appends."""
+    """The text as given, BOS once where the tokenizer writes it, the response after one space, EOS. Catches
+    Jinja in a text, lost line breaks, an EOS that the tokenizer appends."""
     before, after = TEMPLATES[template]
     if make is spm_tokenizer:
         adds = adds and adds.replace("bos", "s").replace("eos", "/s")
