@@ -171,6 +171,9 @@ def read_judged(path, answers, scores, remedy):
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: is not JSON ({error}); {remedy}") from None
+        # Of a data set of messages, the prompt is the last of them
+        if isinstance(row, dict) and isinstance(row.get("prompt"), list) and row["prompt"]:
+            row["prompt"] = row["prompt"][-1].get("content")
         for key, check in checks.items():
             if not isinstance(row, dict) or key not in row:
                 raise InputError(f"{where}: has no {key!r}; {remedy}")
