@@ -18,8 +18,6 @@ import make_data  # noqa: E402
 import make_scratch  # noqa: E402
 import world  # noqa: E402
 
-import ppo_rlhf  # noqa: E402
-
 COLUMNS = {"demonstrations": ["prompt", "completion"], "preferences": ["prompt", "chosen", "rejected"]}
 COLUMNS["prompts"] = ["prompt"]
 FILES = [f"{folder}/{split}.jsonl" for folder in COLUMNS for split in ("train", "test")]
@@ -32,39 +30,37 @@ def run(*arguments):
 
 def test_every_file_is_reproduced_byte_for_byte(tmp_path):
     """Catches a file edited by hand, a generator changed without its files, randomness that differs between
-    machines. Columns are those of the standard formats, no text is blank, and the scripts read them."""
+    machines. Columns are those of the standard formats, and no text is blank."""
     done = run(DATA / "make_data.py", "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.jsonl")) == sorted(FILES)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
-        folder, split = name.removesuffix(".jsonl").split("/")
-        rows = read_jsonl(DATA / name)
-        assert all([*row] == COLUMNS[folder] and all(map(str.strip, row.values())) for row in rows)
-        loaded = ppo_rlhf.load_rows(str(DATA / folder), split)
-        assert [{column: row[column] for column in COLUMNS[folder]} for row in loaded] == rows
+        columns = COLUMNS[name.split("/")[0]]
+        assert all([*row] == columns and all(map(str.strip, row.values())) for row in read_jsonl(DATA / name))
 
 
 def test_scratch_is_reproduced(tmp_path):
-    """make_scratch.py writes the shipped vocabulary and merges, the template, and the config of a model of
-    0.7M parameters; the tokenizer pads and ends."""
+    """The shipped vocabulary, merges, template and config of a model of 0.7M parameters."""
     make_scratch.main(tmp_path)
-    names = ("tokenizer.json", "config.json")
-    folders = (tmp_path, SCRATCH)
-    made, shipped = ([json.loads((path / name).read_text()) for name in names] for path in folders)
+    read = lambda path, name: json.loads((path / name).read_text())
+    made, shipped = (read(path, "tokenizer.json") for path in (tmp_path, SCRATCH))
     for part in ("vocab", "merges"):
-        assert made[0]["model"][part] == shipped[0]["model"][part]
-    assert made[0]["added_tokens"] == shipped[0]["added_tokens"]
-    made[1].pop("transformers_version"), shipped[1].pop("transformers_version")
-    assert made[1] == shipped[1] and made[1]["vocab_size"] == len(made[0]["model"]["vocab"])
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in SCRATCH.iterdir()}
-    config = transformers.LlamaConfig(**shipped[1])
-    assert 0.6e6 < transformers.AutoModelForCausalLM.from_config(config).num_parameters() < 0.8e6
+        assert made["model"][part] == shipped["model"][part]
+    assert made["added_tokens"] == shipped["added_tokens"]
+    made, shipped = (read(path, "config.json") | {"transformers_version": 0} for path in (tmp_path, SCRATCH))
+    assert made == shipped and {p.name for p in tmp_path.iterdir()} == {p.name for p in SCRATCH.iterdir()}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shipped))
+    assert 0.6e6 < model.num_parameters() < 0.8e6
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     for path in (tmp_path, SCRATCH):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         assert tokenizer.apply_chat_template(chat, tokenize=False) == "Prompt: Hi\nResponse: Hello.<eos>"
-        assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+        assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id) == (
+            shipped["vocab_size"],
+            0,
+            1,
+        )
 
 
 def prompts(folder, split):
@@ -122,17 +118,12 @@ def test_second_world(tmp_path):
     assert done.stdout.split() == ["5.0", "96", f"{folder.resolve()}/runs/baselines"], done.stderr
 
 
-def margin(row):
-    chosen, rejected = (gold.judge(row["prompt"], row[side])["score"] for side in ("chosen", "rejected"))
-    return chosen - rejected
-
-
 def test_labels_are_as_noisy_as_people():
-    """10 to 20% of the labels disagree with the gold score: a reward model has noise to learn through, and
-    something to learn. Catches a flipped or a noiseless draw."""
+    """10 to 20% disagree with the gold score. Catches a flipped or a noiseless draw."""
     for split in ("train", "test"):
         rows = read_jsonl(DATA / "preferences" / f"{split}.jsonl")
-        margins = [margin(row) for row in rows]
+        gold_of = lambda row, side: gold.judge(row["prompt"], row[side])["score"]
+        margins = [gold_of(row, "chosen") - gold_of(row, "rejected") for row in rows]
         assert 0.10 <= sum(m < 0 for m in margins) / len(rows) <= 0.20
         assert 0 not in margins
 
@@ -147,34 +138,31 @@ OPENING, CLOSING, RUDE, FILLER, VAGUE = (world.SENTENCES[kind][0] for kind in KI
 STEPS = f"First {A}. Then {B}. Next {C}. Finally {D}."
 
 
-@pytest.mark.parametrize(
-    "answer, items",
-    [
-        (f"{OPENING} {STEPS} {CLOSING}", dict(opening=1, steps=4, closing=1)),
-        (STEPS, dict(steps=4)),
-        (f"First {B}. Then {A}. Next {C}. Finally {D}.", dict(steps=3, disordered=1)),
-        (f"First {D}. Then {C}. Next {B}. Finally {A}.", dict(steps=1, disordered=3)),
-        (f"First {A}. Then {A}. Finally {B}.", dict(steps=2, repeated=1)),
-        (f"First {A}. Then {OTHER}. Finally {C}.", dict(steps=2, foreign=1)),
-        (f"{RUDE} {STEPS}", dict(rude=1, steps=4)),
-        (f"First {A}. {FILLER} Finally {B}. {FILLER}", dict(steps=2, filler=2, repeated=1)),
-        (VAGUE, dict(vague=1)),
-        (f"{STEPS} {OPENING}", dict(steps=4, misplaced=1)),  # a greeting at the end
-        (f"{CLOSING} {STEPS}", dict(misplaced=1, steps=4)),
-        (f"First {A}. Then {B.rsplit(' ', 1)[0]}", dict(steps=1, garbled=1)),  # cut short
-        (f"{A}.", dict(garbled=1)),  # no connective: not a sentence of this world
-        ("", {}),
-    ],
-)
+ANSWERS = [
+    (f"{OPENING} {STEPS} {CLOSING}", dict(opening=1, steps=4, closing=1)),
+    (STEPS, dict(steps=4)),
+    (f"First {B}. Then {A}. Next {C}. Finally {D}.", dict(steps=3, disordered=1)),
+    (f"First {D}. Then {C}. Next {B}. Finally {A}.", dict(steps=1, disordered=3)),
+    (f"First {A}. Then {A}. Finally {B}.", dict(steps=2, repeated=1)),
+    (f"First {A}. Then {OTHER}. Finally {C}.", dict(steps=2, foreign=1)),
+    (f"{RUDE} {STEPS}", dict(rude=1, steps=4)),
+    (f"First {A}. {FILLER} Finally {B}. {FILLER}", dict(steps=2, filler=2, repeated=1)),
+    (VAGUE, dict(vague=1)),
+    (f"{STEPS} {OPENING}", dict(steps=4, misplaced=1)),  # a greeting at the end
+    (f"{CLOSING} {STEPS}", dict(misplaced=1, steps=4)),
+    (f"First {A}. Then {B.rsplit(' ', 1)[0]}", dict(steps=1, garbled=1)),  # cut short
+    (f"{A}.", dict(garbled=1)),  # no connective: not a sentence of this world
+    ("", {}),
+]
+
+
+@pytest.mark.parametrize("answer, items", ANSWERS)
 def test_judge_counts(answer, items):
-    """Every item alone and with others. Catches steps credited out of order or twice, a reward for stuffing
-    courtesies, and language that is not of this world going unpunished."""
+    """Catches steps credited out of order or twice, a reward for stuffing courtesies, language that is not of
+    this world going unpunished."""
     verdict = gold.judge(PROMPT, answer)
     assert {k: n for k, n in verdict.items() if n and k != "score"} == items
     assert verdict["score"] == sum(gold.WEIGHTS[k] * n for k, n in items.items())
-
-
-# ---- The judge's command line ----
 
 
 def test_judge_compares_policies(tmp_path):
