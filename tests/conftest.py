@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch and datasets are imported: CPU only, offline, one thread, and no trace in the user's own cache
 HOME = tempfile.mkdtemp(prefix="rlhf-tests-")
@@ -152,3 +153,50 @@ def plain_logits(model, ids):
     """The yardstick: one row, no padding, mask or cache, the stock forward -> [len(ids), V]."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def copies(tensors):
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def listen_to(patch, name):
+    """Notes what every step of an optimizer has and does -> list, which grows with the steps."""
+    steps = []
+
+    class Listening(getattr(torch.optim, name)):
+        def step(self):
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            assert {p.dtype for p in parameters} == {torch.float32}
+            step = SimpleNamespace(lr=self.param_groups[0]["lr"], before=copies(parameters))
+            step.gradients = copies(p.grad for p in parameters)
+            super().step()
+            step.after = copies(parameters)
+            steps.append(step)
+
+    patch.setattr(torch.optim, name, Listening)
+    return steps
+
+
+class Adam:
+    """The textbook's, in float64, with weight decay as AdamW has it: betas 0.9 and 0.999."""
+
+    def __init__(self, parameters, eps, decay=0.0):
+        self.x, self.eps, self.decay = [p.double() for p in parameters], eps, decay
+        self.m, self.v, self.n = [0.0] * len(self.x), [0.0] * len(self.x), 0
+
+    def step(self, gradients, rates):
+        """-> parameters after the step; `rates` has one for each."""
+        self.n += 1
+        for i, (g, rate) in enumerate(zip(gradients, rates, strict=True)):
+            self.m[i] = 0.9 * self.m[i] + 0.1 * g.double()
+            self.v[i] = 0.999 * self.v[i] + 0.001 * g.double() ** 2
+            unbiased = (self.v[i] / (1 - 0.999**self.n)).sqrt()
+            change = self.m[i] / (1 - 0.9**self.n) / (unbiased + self.eps)
+            self.x[i] = self.x[i] * (1 - rate * self.decay) - rate * change
+        return self.x
+
+
+def set_parameters(parameters, values):
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

@@ -12,7 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import EOS, plain_logits, ppo_flags, read_jsonl, tiny_model, tiny_reward_model, tiny_tokenizer
+from conftest import (
+    EOS,
+    Adam,
+    listen_to,
+    plain_logits,
+    ppo_flags,
+    read_jsonl,
+    set_parameters,
+    tiny_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
 
 import ppo_rlhf as ppo
 
@@ -77,7 +88,7 @@ def trace_main(folder, patch, settings="gpt2", garbage=False, train=TRAIN, run=T
     flags |= dict(max_grad_norm=0.5, vf_coef=0.3, cliprange=0.1, cliprange_value=0.02)
     flags |= dict(missing_eos_penalty=0.7) | setting | overrides
     args = ppo.Args(**flags)
-    trace = SimpleNamespace(calls={}, steps=[], minibatches=[], rollouts=[], recomputed=[])
+    trace = SimpleNamespace(calls={}, minibatches=[], rollouts=[], recomputed=[])
 
     def listen(real, calls, *args):
         calls.append((copied(args), real(*args)))
@@ -111,14 +122,7 @@ def trace_main(folder, patch, settings="gpt2", garbage=False, train=TRAIN, run=T
     patch.setattr(ppo, "micro_batches", micro_batches)
     patch.setattr(ppo, "rollout", rollout)
 
-    class ListeningAdam(torch.optim.Adam):
-        def step(self, *args, **kwargs):
-            parameters = [p for group in self.param_groups for p in group["params"]]  # the value head's last
-            before, gradients = copied(parameters), copied([p.grad for p in parameters])
-            super().step(*args, **kwargs)
-            trace.steps.append(dict(before=before, gradients=gradients, after=copied(parameters)))
-
-    patch.setattr(torch.optim, "Adam", ListeningAdam)
+    trace.steps = listen_to(patch, "Adam")
     if run:
         ppo.main(args)
     return trace, read_jsonl(folder / "ppo/metrics.jsonl") if run else None, args
@@ -145,11 +149,6 @@ class Oracle:
         self.head = torch.nn.Linear(self.judge.config.hidden_size, 1).double()
         self.parameters += self.head.parameters()
         self.scale = None
-
-    def set_parameters(self, values):
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, values, strict=True):
-                parameter.copy_(value)
 
     def walk(self, model, prompt, response):
         """For each response token: (its log-prob, the entropy there, the value before it), scalars."""
@@ -249,26 +248,6 @@ class Oracle:
         }
 
 
-class Adam:
-    """Of the textbook: betas 0.9 and 0.999, eps 1e-5, no decay; the value head has a peak of its own."""
-
-    def __init__(self, args, parameters):
-        self.x = [p.double() for p in parameters]
-        self.peaks = [args.learning_rate] * (len(self.x) - 2) + [args.value_learning_rate] * 2
-        assert self.x[-2].shape[0] == 1 and self.x[-1].shape == (1,)
-        self.m, self.v, self.n = [0.0] * len(self.x), [0.0] * len(self.x), 0
-
-    def step(self, gradients, fraction):
-        self.n += 1
-        for i, g in enumerate(gradients):
-            self.m[i] = 0.9 * self.m[i] + 0.1 * g.double()
-            self.v[i] = 0.999 * self.v[i] + 0.001 * g.double() ** 2
-            unbiased = (self.v[i] / (1 - 0.999**self.n)).sqrt()
-            change = self.m[i] / (1 - 0.9**self.n) / (unbiased + 1e-5)
-            self.x[i] = self.x[i] - self.peaks[i] * fraction * change
-        return self.x
-
-
 def variance(xs):
     return torch.tensor(xs, dtype=torch.float64).var(correction=0).item()
 
@@ -281,9 +260,11 @@ def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatc
     garbage = settings == "gpt2"
     trace, metrics, args = trace_main(tmp_path, monkeypatch, settings, garbage, total_episodes=24)
     oracle = Oracle(args)
-    for ours, theirs in zip(trace.steps[0]["before"][:-2], oracle.parameters):
+    for ours, theirs in zip(trace.steps[0].before[:-2], oracle.parameters):
         assert torch.equal(ours.double(), theirs), "policy and critic start as SFT and reward model"
-    adam = Adam(args, trace.steps[0]["before"])
+    adam = Adam(trace.steps[0].before, eps=1e-5)
+    peaks = torch.full([len(adam.x)], args.learning_rate)
+    peaks[-2:] = args.value_learning_rate  # of the value head
     per_update = args.num_ppo_epochs * args.num_mini_batches
     assert len(trace.steps) == 3 * per_update == len(trace.minibatches) and len(metrics) == 3
     moved = 0.0
@@ -291,7 +272,7 @@ def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatc
         steps = trace.steps[u * per_update : (u + 1) * per_update]
 
         # Phases 1 to 3: what every token of every episode was worth
-        oracle.set_parameters(steps[0]["before"])
+        set_parameters(oracle.parameters, steps[0].before)
         episodes = oracle.episodes(*trace.rollouts[u])
         assert len({(e["n"], e["response"][-1] if e["ended"] else None) for e in episodes}) == len({*KINDS})
         (scores, kl, mask, beta), rewards = trace.calls["penalized_rewards"][u]
@@ -312,12 +293,12 @@ def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatc
         fraction = (1 / 3, 2 / 3, 1 / 3)[u]  # 2 updates of warm-up, linearly to 0 after the last
         stats = []
         for step, rows in zip(steps, trace.minibatches[u * per_update :]):
-            oracle.set_parameters(step["before"])
+            set_parameters(oracle.parameters, step.before)
             gradients, stat = oracle.minibatch([episodes[i] for i in rows])
             stats.append(stat)
-            for ours, theirs in zip(step["gradients"], gradients, strict=True):
+            for ours, theirs in zip(step.gradients, gradients, strict=True):
                 torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-4)
-            for ours, theirs in zip(step["after"], adam.step(step["gradients"], fraction), strict=True):
+            for ours, theirs in zip(step.after, adam.step(step.gradients, peaks * fraction), strict=True):
                 torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-4)
 
         # Phase 5
@@ -332,7 +313,7 @@ def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatc
         oracle.beta *= 1 + max(-0.2, min(0.2, error)) * args.batch_size / 1000
 
     saved = transformers.AutoModelForCausalLM.from_pretrained(args.output_dir)
-    for ours, last in zip(saved.parameters(), trace.steps[-1]["after"]):
+    for ours, last in zip(saved.parameters(), trace.steps[-1].after):
         assert torch.equal(ours, last)
     # Two layers of policy and critic, for 2 micro-batches of every step
     assert trace.recomputed.count(True) == (2 * 2 * 2 * 12 if args.gradient_checkpointing else 0)

@@ -6,20 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import EOS, read_jsonl, save, tiny_config, tiny_model, tiny_reward_model
+from conftest import EOS, read_jsonl, save, set_parameters, tiny_config, tiny_model
 from test_rows import LLAMA3, byte_tokenizer
-from test_sft import BYTES, FLAGS, NAMES, TEXTS, check_defaults, check_run, ids, load, record, write_data
+from test_sft import BYTES, FLAGS, NAMES, TEXTS, check_defaults, check_run, ids, record, write_data
 from test_sft import here as here  # a fixture
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PhiConfig
 
 import reward_model
 
-ROWS = [  # of different lengths; the longer side is the chosen one in every other pair
-    {"prompt": text, "chosen": "good " * (i % 4 + 1), "rejected": "bad"}
-    if i % 2 == 0
-    else {"prompt": text, "chosen": "ok", "rejected": "worse" * (i % 4 + 1)}
-    for i, text in enumerate(TEXTS)
-]
+# Of different lengths; the longer side is the chosen one in every other pair
+ROWS = [{"prompt": text, "chosen": "good " * (i % 4 + 1), "rejected": "bad"} for i, text in enumerate(TEXTS)]
+ROWS[1::2] = [row | {"chosen": "ok", "rejected": "worse" * (len(row["chosen"]) // 5)} for row in ROWS[1::2]]
 HELD_OUT = ROWS[2:7]
 # Left out: no preference, a side that is too long by one token, another prompt. The longest is kept
 LONGEST = {"prompt": "x", "chosen": "a", "rejected": "y" * 31}
@@ -56,7 +53,7 @@ def test_training_is_the_oracles(family, lm, center, monkeypatch, capsys):
     write_data([*DROPPED, *ROWS[1:], LONGEST], [*HELD_OUT, *DROPPED])
     flags = FLAGS | {"lm_coef": lm, "center_coef": center, "gradient_checkpointing": lm == 0}
     flags |= {"max_grad_norm": 0.5 if lm else 0.0}
-    steps = record(reward_model, "pair_scores", monkeypatch, **flags)
+    steps, modes = record(reward_model, "pair_scores", monkeypatch, **flags)
     pairs = [pair(row) for row in [*ROWS[1:], LONGEST]]
     out = capsys.readouterr().out
     assert "train: 11 of 14" in out and "test: 5 of 8" in out
@@ -83,14 +80,12 @@ def test_training_is_the_oracles(family, lm, center, monkeypatch, capsys):
         return loss + center * torch.stack(centers).mean() + lm * torch.cat(tokens).mean()
 
     metrics = read_jsonl("out/metrics.jsonl")
-    check_run(steps, model, oracle_loss, metrics, pairs, lambda sides: max(map(len, sides)), flags)
-    for n in (4, 6):
-        load(model, steps[n - 1].after)
-        with torch.no_grad():
-            held_out = [[score(model, side)[0].item() for side in pair(row)] for row in HELD_OUT]
-        margins = [better - worse for better, worse in held_out]
-        for name, wanted in by_hand(margins).items():
-            assert metrics[n - 1][name] == pytest.approx(wanted, abs=1e-4), name
+    check_run(steps, modes, model, oracle_loss, metrics, pairs, lambda sides: max(map(len, sides)), flags)
+    set_parameters(model.parameters(), steps[-1].after)
+    with torch.no_grad():
+        held_out = [[score(model, side)[0].item() for side in pair(row)] for row in HELD_OUT]
+    for name, wanted in by_hand([better - worse for better, worse in held_out]).items():
+        assert metrics[-1][name] == pytest.approx(wanted, abs=1e-4), name
     assert [("eval/ece" in row) for row in metrics] == [False, False, False, True, False, True]
     stock, info = auto_class.from_pretrained("out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and stock.num_labels == 1
@@ -103,9 +98,8 @@ def by_hand(margins):
     for margin in margins:
         confidence = 1 / (1 + math.exp(-abs(margin)))
         bins.setdefault(min(int((confidence - 0.5) / 0.05), 9), []).append((confidence, margin > 0))
-    gaps = [
-        sum(c for c, _ in part) / len(part) - sum(r for _, r in part) / len(part) for part in bins.values()
-    ]
+    mean = lambda xs: sum(xs) / len(xs)
+    gaps = [mean([c for c, _ in part]) - mean([right for _, right in part]) for part in bins.values()]
     return {
         "eval/loss": sum(math.log(1 + math.exp(-margin)) for margin in margins) / n,
         "eval/accuracy": sum(margin > 0 for margin in margins) / n,
@@ -137,18 +131,6 @@ def test_held_out_figures_by_hand(monkeypatch):
         assert float(figures[name]) == pytest.approx(wanted[name], abs=1e-5), name
 
 
-def test_scores_of_a_batch(family):
-    """Sides of other lengths in one batch against the stock class on each alone."""
-    model = tiny_reward_model(family)
-    pairs = [([5, 6, 0, 50, EOS], [9, 1, EOS]), ([3, EOS], [3, 10, 11, 12, 13, 14, EOS])]
-    with torch.no_grad():
-        chosen, rejected, padded, hidden = reward_model.pair_scores(model, pairs, "cpu")
-        model.config.pad_token_id = None
-        alone = [[score(model, side)[0].item() for side in sides] for sides in zip(*pairs)]
-    assert [chosen.tolist(), rejected.tolist()] == [pytest.approx(sides, abs=1e-5) for sides in alone]
-    assert padded.shape == (4, 7) and hidden.shape[:2] == (4, 7)
-
-
 @pytest.mark.parametrize("pad, saved", [("<pad>", 0), ("<eos>", None), ("<|eot_id|>", None)])
 def test_stock_classes_read_the_same_score(pad, saved):
     """A saved model gives the stock class a pad to read before, but not if that is an end, EOS or a turn's,
@@ -178,7 +160,7 @@ def test_the_new_head_and_the_defaults(monkeypatch):
     heads = []
     for seed in (1, 1, 2):
         flags = {"max_steps": 1, "seed": seed, "overwrite": True}
-        (step,) = record(reward_model, "pair_scores", monkeypatch, **flags)
+        ((step,), _) = record(reward_model, "pair_scores", monkeypatch, **flags)
         (head,) = [p for p in step.before if p.shape == (1, 256)]
         assert head.std().item() == pytest.approx(1 / math.sqrt(257), rel=0.15) and abs(head.mean()) < 0.02
         heads.append(head)

@@ -1,12 +1,22 @@
 """Stage 1 against an oracle: float64, stock classes, one unpadded sequence at a time."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EOS, REPOSITORY, read_jsonl, save, tiny_model, tiny_tokenizer, write_jsonl
+from conftest import (
+    EOS,
+    REPOSITORY,
+    Adam,
+    listen_to,
+    read_jsonl,
+    save,
+    set_parameters,
+    tiny_model,
+    tiny_tokenizer,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import sft
@@ -32,67 +42,50 @@ def write_data(train, test):
 
 
 def record(stage, loss_name, monkeypatch, **flags):
-    """main(), and what each optimizer step had: learning rate, examples, gradients, parameters."""
-    steps, micro_batches, modes = [], [], []
+    """main() -> what each optimizer step had: learning rate, examples, gradients, parameters; the modes of
+    the model."""
+    micro_batches, modes = [], []
     real_loss, real_states = getattr(stage, loss_name), stage.hidden_states
 
     def loss(model, examples, device):
         if torch.is_grad_enabled():
-            micro_batches.append(examples)
+            micro_batches.append((len(steps), examples))
         return real_loss(model, examples, device)
 
     def hidden_states(model, ids):
         modes.append((torch.is_grad_enabled(), model.training, model.is_activation_checkpointing))
         return real_states(model, ids)
 
-    class AdamW(torch.optim.AdamW):
-        def step(self):
-            (group,) = self.param_groups
-            assert {p.dtype for p in group["params"]} == {torch.float32}
-            before = [p.detach().clone() for p in group["params"]]
-            gradients = [p.grad.clone() for p in group["params"]]
-            super().step()
-            after = [p.detach().clone() for p in group["params"]]
-            step = {"lr": group["lr"], "before": before, "gradients": gradients, "after": after}
-            steps.append(SimpleNamespace(**step, micro_batches=list(micro_batches), modes=list(modes)))
-            micro_batches.clear()
-
     with monkeypatch.context() as patch:
+        steps = listen_to(patch, "AdamW")
         patch.setattr(stage, loss_name, loss)
         patch.setattr(stage, "hidden_states", hidden_states)
-        patch.setattr(torch.optim, "AdamW", AdamW)
         stage.main(stage.Args(**NAMES | flags))
-    return steps
+    for n, step in enumerate(steps):
+        step.micro_batches = [examples for m, examples in micro_batches if m == n]
+    return steps, modes
 
 
-def check_run(steps, model, oracle_loss, metrics, examples, length, flags):
+def check_run(steps, modes, model, oracle_loss, metrics, examples, length, flags):
     """Gradients are the oracle's, clipped; parameters after a step are those of AdamW with that gradient."""
-    lr, decay = flags["learning_rate"], flags["weight_decay"]
     clip = flags["max_grad_norm"] or float("inf")
-    m = [torch.zeros_like(p) for p in model.parameters()]
-    v = [torch.zeros_like(p) for p in model.parameters()]
+    adam = Adam(steps[0].before, 1e-8, flags["weight_decay"])
     clipped = 0
-    for n, (step, row) in enumerate(zip(steps, metrics, strict=True), 1):
-        load(model, step.before)
+    for step, row, fraction in zip(steps, metrics, SCHEDULE, strict=True):
+        set_parameters(model.parameters(), step.before)
         model.zero_grad()
         oracle_loss(sum(step.micro_batches, []), row).backward()
         wanted = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
         norm = torch.cat([g.flatten() for g in wanted]).norm().item()
         clipped += norm > clip
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
-        rate = lr * SCHEDULE[n - 1]
-        assert row["lr"] == pytest.approx(step.lr, abs=1e-12) and step.lr == pytest.approx(rate, abs=1e-12)
+        rate = flags["learning_rate"] * fraction
+        assert (row["lr"], step.lr) == pytest.approx((rate, rate), abs=1e-12)
+        updated = adam.step(step.gradients, [rate] * len(wanted))
         for i, gradient in enumerate(step.gradients):
-            torch.testing.assert_close(
-                gradient.double(), wanted[i] * min(1, clip / norm), atol=2e-6, rtol=1e-3
-            )
-            m[i] = 0.9 * m[i] + 0.1 * gradient
-            v[i] = 0.999 * v[i] + 0.001 * gradient.double() ** 2
-            change = m[i] / (1 - 0.9**n) / ((v[i] / (1 - 0.999**n)).sqrt() + 1e-8)
-            updated = step.before[i].double() * (1 - rate * decay) - rate * change
-            torch.testing.assert_close(step.after[i].double(), updated, atol=2e-6, rtol=1e-5)
-        if n < len(steps):
-            assert all(torch.equal(a, b) for a, b in zip(step.after, steps[n].before))
+            scaled = wanted[i] * min(1, clip / norm)
+            torch.testing.assert_close(gradient.double(), scaled, atol=2e-6, rtol=1e-3)
+            torch.testing.assert_close(step.after[i].double(), updated[i], atol=1e-5, rtol=1e-4)
     assert clipped >= 4 or not flags["max_grad_norm"]
     # Every example once an epoch, in batches of similar length, whose order differs between epochs
     batches = [batch for step in steps for batch in step.micro_batches]
@@ -102,15 +95,8 @@ def check_run(steps, model, oracle_loss, metrics, examples, length, flags):
     assert [sorted(epoch, key=lambda batch: length(batch[0])) for epoch in epochs] == [chunks, chunks]
     assert epochs[0] != epochs[1] and chunks not in epochs
     # Dropout is on in every training step, also after an evaluation, and off in evaluation
-    modes = steps[-1].modes
     assert {mode[:2] for mode in modes} == {(True, True), (False, False)}
     assert {mode[2] for mode in modes if mode[0]} == {flags["gradient_checkpointing"]}
-
-
-def load(model, parameters):
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), parameters, strict=True):
-            parameter.copy_(value)
 
 
 def ids(text):
@@ -145,7 +131,7 @@ def test_training_is_the_oracles(family, odd, monkeypatch):
     rows = [*ROWS[:-1], fits, long]
     write_data(rows, [*ROWS[::-2][:5], long])
     flags = FLAGS | {"gradient_checkpointing": odd, "max_new_tokens": 4, "max_grad_norm": 0.0 if odd else 0.5}
-    steps = record(sft, "completion_loss", monkeypatch, **flags)
+    steps, modes = record(sft, "completion_loss", monkeypatch, **flags)
     model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float64).eval()
     metrics = read_jsonl("out/metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
@@ -156,11 +142,11 @@ def test_training_is_the_oracles(family, odd, monkeypatch):
         return loss
 
     examples = [example(row) for row in rows[:-1]]
-    check_run(steps, model, oracle_loss, metrics, examples, lambda pair: len(sum(pair, [])), flags)
+    check_run(steps, modes, model, oracle_loss, metrics, examples, lambda pair: len(sum(pair, [])), flags)
     for n in range(1, 7):
         assert ("eval/loss" in metrics[n - 1]) == (n in (4, 6))
         if n in (4, 6):
-            load(model, steps[n - 1].after)
+            set_parameters(model.parameters(), steps[n - 1].after)
             held_out = torch.cat([token_losses(model, example(row)) for row in ROWS[::-2][:5]])
             assert metrics[n - 1]["eval/loss"] == pytest.approx(held_out.mean().item(), rel=1e-5)
     saved = AutoModelForCausalLM.from_pretrained("out")
@@ -168,8 +154,7 @@ def test_training_is_the_oracles(family, odd, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), steps[-1].after, strict=True))
     config = GenerationConfig.from_pretrained("out")
     wanted = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 4}
-    assert {name: getattr(config, name) for name in wanted} == wanted
-    assert config.repetition_penalty in (None, 1.0)
+    assert {name: getattr(config, name) for name in wanted} == wanted and not config.repetition_penalty
 
 
 def test_order_of_the_data():
