@@ -140,6 +140,25 @@ def ppo_flags(folder, policy, judge, tokenizer, train, test=("x", "yz yz"), **ot
     return flags | dict(dataset_name=str(folder / "data")) | other
 
 
+def make_inputs(folder, rows, **config):
+    """What a run of any stage needs: base, rm and data."""
+    save(tiny_model("gpt2", **config), tiny_tokenizer(), folder / "base")
+    save(tiny_reward_model("gpt2", **config), tiny_tokenizer(), folder / "rm")
+    for split in ("train", "test"):
+        write_jsonl(folder / f"data/{split}.jsonl", rows)
+    return folder
+
+
+def run_stage(stage, inputs=".", out="out", **other):
+    """main() of a script on what make_inputs made: two steps, by flags with the names of other stages too."""
+    flags = {"model_name_or_path": f"{inputs}/base", "sft_model_path": f"{inputs}/base"}
+    flags |= {"reward_model_path": f"{inputs}/rm", "dataset_name": f"{inputs}/data", "output_dir": str(out)}
+    flags |= {"max_steps": 2, "total_episodes": 8, "batch_size": 4, "num_mini_batches": 2}
+    flags |= {"per_device_train_batch_size": 2, "max_new_tokens": 4}
+    known = stage.Args.__dataclass_fields__
+    stage.main(stage.Args(**{name: value for name, value in flags.items() if name in known} | other))
+
+
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,6 +1,5 @@
 """data/label.py: new pairs of a policy's answers; the model is tiny, its tokens are whole sentences."""
 
-import json
 import shutil
 import sys
 
@@ -92,26 +91,13 @@ def test_answers_are_the_policys_own(tmp_path):
         assert texts == [tokenizer.decode(greedy, skip_special_tokens=True).strip()] * 2
 
 
-def config(**changes):
-    def spoil(folder):
-        path = folder / "policy/generation_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return spoil
-
-
 def pairs(**row):
     return lambda folder: [write_jsonl(folder / f"old/{split}.jsonl", [row]) for split in SPLITS]
 
 
 CASES = {  # complaint: (what is prepared in the folder, further flags)
-    "--pairs 9": (lambda folder: None, "--pairs 9"),
     "--policy nowhere: there is no model": (lambda folder: None, "--policy nowhere"),
-    "does not sample": (config(do_sample=False), ""),
-    "worth the same": (config(temperature=1e-4), ""),
-    "its context is 128": (config(max_new_tokens=100), ""),
     "new is not empty": (lambda folder: write_jsonl(folder / "new/kept.jsonl", [1]), ""),
-    "old: has no train.jsonl": (lambda folder: None, "--add old"),
     "row 1": (pairs(prompt="a"), "--add old"),
     "held-out prompt": (pairs(prompt=PROMPTS["test"][0], chosen="a", rejected="b"), "--add old"),
 }

@@ -1,15 +1,12 @@
-"""A run that is killed at any moment, and resumed, ends as if nothing had happened, to the bit."""
+"""A run that is stopped and resumed ends as if nothing had happened, to the bit."""
 
 import functools
 import json
-import multiprocessing
-import random
 import shutil
-import time
 
 import pytest
 import torch
-from conftest import read_jsonl, save, tiny_model, tiny_reward_model, tiny_tokenizer, write_jsonl
+from conftest import make_inputs, read_jsonl, run_stage
 
 import ppo_rlhf
 import reward_model
@@ -27,27 +24,18 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Models with dropout in their configs, and data of a few batches, so that a run is several epochs."""
-    folder = tmp_path_factory.mktemp("resume")
-    save(tiny_model("gpt2", dropout=0.1), tiny_tokenizer(), folder / "base")
-    save(tiny_reward_model("gpt2", dropout=0.1), tiny_tokenizer(), folder / "rm")
     rows = [{"prompt": f"q{'?' * i}", "completion": "fine " * (i % 4 + 1)} for i in range(10)]
     rows = [row | {"chosen": "good " * (i % 3 + 1), "rejected": "bad"} for i, row in enumerate(rows)]
-    for split in ("train", "test"):
-        write_jsonl(folder / f"data/{split}.jsonl", rows)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("resume"), rows, dropout=0.1)
 
 
 def run(stage, world, out, **other):
-    flags = {"dataset_name": f"{world}/data", "output_dir": str(out), "per_device_train_batch_size": 2}
-    flags |= {"save_steps": 3, "eval_steps": 5, "warmup_steps": 2, "learning_rate": 1e-2}
+    flags = {"save_steps": 3, "eval_steps": 5, "warmup_steps": 2, "learning_rate": 1e-2}
     if stage is ppo_rlhf:
-        flags |= {"sft_model_path": f"{world}/base", "reward_model_path": f"{world}/rm", "batch_size": 4}
-        flags |= {"total_episodes": 4 * STEPS, "num_mini_batches": 2, "adaptive_kl_target": 1.0}
+        flags |= {"total_episodes": 4 * STEPS, "adaptive_kl_target": 1.0}
     else:
-        flags |= {"model_name_or_path": f"{world}/base", "max_steps": STEPS, "gradient_accumulation_steps": 2}
-    if stage is not reward_model:
-        flags["max_new_tokens"] = 5
-    stage.main(stage.Args(**flags | other))
+        flags |= {"max_steps": STEPS, "gradient_accumulation_steps": 2}
+    run_stage(stage, world, out, **flags | other)
 
 
 def outcome(folder):
@@ -63,14 +51,14 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def whole(world):
-    """stage -> folder, outcome and seconds of its uninterrupted run, made when it is first asked for."""
+    """stage -> folder and outcome of its uninterrupted run, made when it is first asked for."""
 
     @functools.cache
     def get(stage):
-        began, folder = time.time(), world / f"whole {stage.__name__}"
+        folder = world / f"whole {stage.__name__}"
         run(stage, world, folder)
         assert len(read_jsonl(folder / "metrics.jsonl")) == STEPS
-        return folder, outcome(folder), time.time() - began
+        return folder, outcome(folder)
 
     return get
 
@@ -88,27 +76,6 @@ def stopped(stage, world, out, calls, **other):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(stage, "save_checkpoint", save_checkpoint)
         run(stage, world, out, **other)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@every_stage
-def test_killed_at_random_moments(stage, world, whole, tmp_path):
-    """SIGKILL, again and again, wherever the run happens to be; the last process ends it. The moments differ
-    between runs of this test: they are printed, should it fail."""
-    _, expected, seconds = whole(stage)
-    context = multiprocessing.get_context("fork")
-    for attempt in range(3):
-        moment = random.SystemRandom().uniform(0.2, 0.9) * seconds
-        process = context.Process(target=run, args=(stage, world, tmp_path / "out"), kwargs={"resume": True})
-        process.start()
-        process.join(moment)
-        process.kill()
-        process.join()
-        state = tmp_path / "out/checkpoint/state.pt"
-        reached = torch.load(state)["progress"] if state.exists() else 0
-        print(f"attempt {attempt}: killed after {moment:.3f} of {seconds:.3f} s; progress {reached}")
-    run(stage, world, tmp_path / "out", resume=True)
-    assert outcome(tmp_path / "out") == expected
 
 
 @every_stage

@@ -99,32 +99,19 @@ def test_no_token_of_probability_zero_is_ever_sampled(u):
             assert responses.item() < size  # still an id of the vocabulary
 
 
-@pytest.mark.parametrize("size", [1, 4, 128])
-def test_sample_lays_out_what_was_sampled(size):
-    """For any --rollout_batch_size: the same responses, rows in their order, sequences without left padding,
-    and masks and lengths that fit, also where the pad is an end."""
-    tokenizer = tiny_tokenizer(pad_is_eos=True)
-    model, T = tiny_model("qwen2"), 9
-    args = ppo.Args(max_new_tokens=T, rollout_batch_size=size, temperature=0.9)
-    end_ids = [EOS, *range(100, 115)]
-    batch = ppo.sample(
-        model, tokenizer, [types.SimpleNamespace(ids=prompt) for prompt in PROMPTS], args, end_ids
-    )
-    torch.manual_seed(0)
-    tiny_model("qwen2")
-    uniforms = torch.rand(T, B)
-    expected = sample(model, uniforms, 0.9, end_ids, EOS)
-    for ours, theirs in zip((batch.responses, batch.response_lengths, batch.ended, batch.logprobs), expected):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert batch.ended.any() and not batch.ended.all()
-    for i, prompt in enumerate(PROMPTS):
-        n = int(batch.response_lengths[i])
-        real = prompt + batch.responses[i, :n].tolist()
-        assert batch.sequences[i].tolist() == real + [EOS] * (P + T - len(real))
-        assert batch.starts[i] == len(prompt) and batch.lengths[i] == len(real)
-        assert batch.mask[i].tolist() == [1.0] * n + [0.0] * (T - n)
-    assert torch.equal(batch.cpu_lengths, batch.lengths)
-    assert torch.equal(batch.cpu_response_lengths, batch.response_lengths)
+@pytest.mark.parametrize("size", [1, 4])
+def test_slices_of_a_rollout(size):
+    """For any --rollout_batch_size the same responses, rows in their order, also where the pad is an end."""
+    tokenizer, model = tiny_tokenizer(pad_is_eos=True), tiny_model("qwen2")
+    prompts = [types.SimpleNamespace(ids=prompt) for prompt in PROMPTS]
+    batches = []
+    for slices in (128, size):
+        torch.manual_seed(0)
+        args = ppo.Args(max_new_tokens=9, rollout_batch_size=slices, temperature=0.9)
+        batches.append(ppo.sample(model, tokenizer, prompts, args, [EOS, *range(100, 115)]))
+    assert 0 < batches[0].ended.sum() < B and len(vars(batches[0])) >= 10
+    for name, whole in vars(batches[0]).items():
+        torch.testing.assert_close(getattr(batches[1], name), whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -7,7 +7,7 @@ import re
 import datasets
 import pytest
 import transformers
-from conftest import save, tiny_model, tiny_tokenizer, write_jsonl
+from conftest import make_inputs, run_stage, save, tiny_model, tiny_tokenizer, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import ppo_rlhf
@@ -361,26 +361,16 @@ def test_prompt_template(template, adds, make):
         tokenizer.apply_chat_template([SYSTEM, *chat])
 
 
-def test_prompt_template_goes_through_all_stages(tmp_path, monkeypatch, capsys):
-    """It replaces a chat template and is saved with the tokenizer; later stages read it, and all ends but the
-    old template's. Without a template of either kind there is a default."""
-    for split in ("train", "test"):
-        write_jsonl(tmp_path / f"data/{split}.jsonl", [{**GOOD, **PAIR}] * 4)
-    monkeypatch.chdir(tmp_path)
-    data, steps = {"dataset_name": "data"}, {"max_steps": 1, "warmup_steps": 1}
-    flags = data | steps | {"max_new_tokens": 9, "model_name_or_path": "base"}
-    save(tiny_model("gpt2", vocab_size=300), byte_tokenizer(), "base")
-    sft.main(sft.Args(**flags, output_dir="default"))
+def test_prompt_template_in_a_run(tmp_path, capsys):
+    """It replaces a chat template and is saved with the tokenizer; the old template's end is none any more.
+    Without a template of either kind there is a default."""
+    make_inputs(tmp_path, [GOOD] * 2)
+    (tmp_path / "base/chat_template.jinja").unlink()
+    save(tiny_model("gpt2", vocab_size=300), byte_tokenizer(), tmp_path / "base")
+    run_stage(sft, tmp_path, tmp_path / "default")
     assert r"'Prompt: q?\nResponse:' -> ' fine<eos>'" in capsys.readouterr().out
     loaded(tmp_path, byte_tokenizer(chat=CHATML, adds="<bos> $A"), [1, 7])
-    sft.main(sft.Args(**flags, prompt_template="Question: {prompt}\\nAnswer:", output_dir="sft"))
-    reward_model.main(reward_model.Args(**data, **steps, model_name_or_path="sft", output_dir="rm"))
-    flags = data | {"sft_model_path": "sft", "reward_model_path": "rm", "output_dir": "ppo"}
-    flags |= {"total_episodes": 4, "batch_size": 4, "num_mini_batches": 2, "max_new_tokens": 9}
-    ppo_rlhf.main(ppo_rlhf.Args(**flags))
-    for folder in ("sft", "rm", "ppo"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        text = tokenizer.apply_chat_template([USER], tokenize=False)
-        assert text == "<bos>Question: q?\nAnswer:"
-        if folder != "rm":
-            assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [1, 7]
+    run_stage(sft, tmp_path, tmp_path / "out", prompt_template="Question: {prompt}\\nAnswer:")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template([USER], tokenize=False) == "<bos>Question: q?\nAnswer:"
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [1, 7]

@@ -10,7 +10,7 @@ import sys
 import types
 
 import pytest
-from conftest import REPOSITORY, ppo_flags, read_jsonl, tiny_model, tiny_tokenizer, write_jsonl
+from conftest import REPOSITORY, make_inputs, read_jsonl, run_stage, write_jsonl
 
 import ppo_rlhf
 import reward_model
@@ -116,19 +116,22 @@ def test_tracking(tmp_path, monkeypatch):
     fake = types.SimpleNamespace(Table=lambda columns, data: (columns, data), id="abc")
     fake.init = lambda **given: calls.append(given) or fake
     fake.log = lambda metrics, step: logged.append((step, metrics))
-    flags = ppo_flags(tmp_path, tiny_model("gpt2"), None, tiny_tokenizer(), ["a", "b"])
-    flags |= dict(total_episodes=16, batch_size=8, num_mini_batches=2, max_new_tokens=2, save_steps=1)
-    monkeypatch.setattr(ppo_rlhf, "reward_fn", lambda *given: given[4])
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    ppo_rlhf.main(ppo_rlhf.Args(**flags))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    ppo_rlhf.main(ppo_rlhf.Args(**flags, overwrite=True, track=True))
-    assert [step for step, metrics in logged if "objective/kl" in metrics] == [1, 2]
+    make_inputs(tmp_path, [{"prompt": x, "completion": "b", "chosen": "c", "rejected": "d"} for x in "abcd"])
+    for name, stage in STAGES.items():
+        calls.clear()
+        logged.clear()
+        out = tmp_path / name
+        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        run_stage(stage, tmp_path, out)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        run_stage(stage, tmp_path, out, overwrite=True, track=True, save_steps=1)
+        assert [step for step, metrics in logged if "samples" not in metrics] == [1, 2]
+        assert {*read_jsonl(out / "metrics.jsonl")[1]} in [{*metrics} for _, metrics in logged]
+        monkeypatch.setenv("WANDB_PROJECT", "mine")
+        run_stage(stage, tmp_path, out, resume=True, track=True, save_steps=1)
+        assert [(given["id"], given["project"]) for given in calls] == [(None, "ppo_rlhf"), ("abc", "mine")]
+        assert calls[1]["resume"] == "allow" and calls[0]["config"]["per_device_train_batch_size"] == 2
     columns, cells = logged[-1][1]["samples"]
-    samples = read_jsonl(tmp_path / "ppo/samples.jsonl")
+    samples = read_jsonl(out / "samples.jsonl")
     assert columns == [*samples[0]] and cells == [[str(x) for x in row.values()] for row in samples[-4:]]
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    ppo_rlhf.main(ppo_rlhf.Args(**flags, resume=True, track=True))
-    assert [given["id"] for given in calls] == [None, "abc"]
-    assert [given["project"] for given in calls] == ["ppo_rlhf", "mine"]
-    assert calls[1]["resume"] == "allow" and calls[0]["config"]["batch_size"] == 8
