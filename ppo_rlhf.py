@@ -160,8 +160,7 @@ def gae(rewards, values, mask, gamma, lam):
     """
     values = values * mask  # [B, T]
     advantages = torch.zeros_like(values)  # [B, T]
-    next_value = torch.zeros_like(values[:, 0])  # [B]
-    next_advantage = torch.zeros_like(values[:, 0])  # [B]
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # [B]
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # [B]
         next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]  # [B]
@@ -227,7 +226,9 @@ def micro_batches(batch, rows, size):
 
 
 def hidden_states(model, ids):  # [shared]
-    """Right-padded ids [B, L] -> [B, L, d]. bf16 on CUDA; weights stay fp32, or small steps would be lost."""
+    """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
+    right, so no real token sees it. The backbone computes in bf16 on CUDA; weights stay fp32, where small
+    updates do not round to nothing, and so do logits and losses."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -694,8 +695,8 @@ def find_device():  # [shared]
 
 
 def check_name(name, kind):  # [shared]
-    """Refuse a name that is neither a folder nor on the Hub. Libraries would look on the Hub for a minute,
-    or, without a network, take a data set that another project left in the cache under that name."""
+    """Refuse a name that is neither a folder nor on the Hub. Libraries would try the Hub for a minute, or,
+    without a network, take a data set that another project left in the cache under that name."""
     try:
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
@@ -733,17 +734,18 @@ def without_none(entry):  # [shared]
 
 
 def find_column(rows, *names):  # [shared]
-    """The first of `names` that the data set has, with text or messages in it."""
-    name = next((name for name in names if name in rows[0]), names[0])
-    if not isinstance(rows[0].get(name, 0), str | list | None):
-        fail(f"there is no column {' or '.join(names)} with text or messages: row 1 has {list(rows[0])}")
-    return name
+    """The first of `names` that the data set has. Only the first row is asked: the data set has it, or
+    not."""
+    for name in names:
+        if name in rows[0]:
+            return name
+    fail(f"there is no column {' or '.join(names)}: row 1 has {list(rows[0])}")
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of each row, in threads, as the tokenizer runs outside Python. A row for which it raises
-    ValueError is left out: in real data a few are always odd, and they should not end the run. One line says
-    how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
+    """encode_row of every row, in threads, as the tokenizer works outside of Python. Rows for which it raises
+    ValueError are left out, since in real data a few are always odd; one line says how many, why, and which
+    is the first. If most rows are left out, something else is wrong, and the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -769,26 +771,24 @@ def encode_rows(encode_row, rows, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: those of `column`, after those of `prompt` if it holds the response alone. No other
-    column is taken in its place. ValueError says why a row is left out."""
+    """The chat of a row: the messages of `column`; if they are a response alone, those of the column `prompt`
+    come first. No other column is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
-    kinds = list if column == "messages" else str | list
-    if not chat or not isinstance(chat, kinds):
+    if not chat or not isinstance(chat, str | list):
         raise ValueError(f"with no text or messages in {column}")
-    if isinstance(chat, str) and (column == "prompt" or "prompt" in row):
+    if isinstance(chat, str):
+        if column != "prompt" and "prompt" not in row:
+            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
+            before, marker, reply = chat.rpartition("\n\nAssistant:")
+            row = {"prompt": before and before + marker}
+            chat = reply.strip()
         chat = [{"role": "user" if column == "prompt" else "assistant", "content": chat}]
-    elif isinstance(
-        chat, str
-    ):  # a dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
-        before, marker, reply = chat.rpartition("\n\nAssistant:")
-        if not before:
-            raise ValueError("with no prompt")
-        prompt = {"role": "user", "content": before + marker}
-        chat = [prompt, {"role": "assistant", "content": reply.strip()}]
     for message in chat:
-        content = isinstance(message, dict) and "role" in message and message.get("content")
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"with a message in {column} that has no role")
+        content = message.get("content")
         if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-            raise ValueError(f"with no role and content (text) in a message of {column}")
+            raise ValueError(f"with a message in {column} that has no content (text)")
     if column not in ("prompt", "messages") and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
@@ -800,7 +800,7 @@ def render(tokenizer, row, chat, **options):  # [shared]
     tools = row.get("tools") or None
     if isinstance(tools, str):
         tools = json.loads(tools)
-    text = f"{chat} {tools}"
+    text = f"{chat} {tools}"  # all strings of the row at once
     for token in control_tokens(tokenizer):
         if token in text:
             raise ValueError(f"with {token} in the text")
@@ -840,6 +840,7 @@ def find_end_ids(model, tokenizer):  # [shared]
     """Ids that end a response: the generation config's, the tokenizer's EOS, and the chat template's."""
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    # What the template writes after a response: its first added token ends the turn
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     _, content, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")
     if not content:
@@ -849,34 +850,32 @@ def find_end_ids(model, tokenizer):  # [shared]
     return sorted(ends - {None})
 
 
-def load_pretrained(auto_class, path, head=None, **options):  # [shared]
-    """(model in fp32, tokenizer). `head`: the weight that is new if a classifier is made of a causal
-    model."""
+def load_pretrained(auto_class, path):  # [shared]
+    """(model in fp32, tokenizer). Refuses a file that does not hold exactly the weights of such a model."""
     check_name(path, "model")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
-    trust = {"trust_remote_code": False}  # else a folder with code of its own asks on standard input
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **trust)
+    # Code that comes with a model is not run, nor does anything ask on standard input whether to
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
-        # The file as it stands: Transformers 5, 5.24 too, rebuilds GPT2Tokenizer, Qwen2Tokenizer and others
-        # by their class, without the file's pre-tokenizer: other ids than the model was trained on.
+        # The file as it stands: Transformers 5 (checked: 5.24) rebuilds GPT2Tokenizer, Qwen2Tokenizer and
+        # others by their class, without the file's pre-tokenizer: other ids than the model was trained on.
         tokenizer_class = transformers.PreTrainedTokenizerFast
         tokenizer = tokenizer_class.from_pretrained(path, eos_token=tokenizer.eos_token)
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(path, **trust, **options)
-    # A weight missing from the file would silently be random. What is left over is a fault too, but for the
-    # head of a causal model in a classifier, and for buffers that older versions saved.
-    wrong = info["missing_keys"] - {head}
-    if not head:
-        buffers = r"(masked_bias|attention\.bias|inv_freq|causal_mask|embed_positions)$"
-        wrong |= {name for name in info["unexpected_keys"] if not re.search(buffers, name)}
+    options = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    model, info = auto_class.from_pretrained(path, **options)
+    # A missing weight would silently be random. What is left over is a fault too, but for buffers that older
+    # versions saved.
+    buffers = r"(masked_bias|attention\.bias|inv_freq|causal_mask|embed_positions)$"
+    left_over = {name for name in info["unexpected_keys"] if not re.search(buffers, name)}
+    wrong = sorted(info["missing_keys"] | left_over)
     if wrong:
-        fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {sorted(wrong)[:4]}")
+        fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {wrong[:4]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is found by length, never by id
     return model, tokenizer
 
 
@@ -894,12 +893,13 @@ def load_reward_model(path, tokenizer):
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
-    """Refuse too short a context, or a family whose logits are not output_layer(backbone), like Gemma 2."""
+    """Refuse too short a context, or a family whose logits are not output_layer(backbone), such as Gemma 2,
+    or change with padding on the right."""
     config = model.config.get_text_config()
     check_context(config, max(map(len, rows)) + extra)
     if getattr(config, "output_router_logits", False):
         print("note: the config asks for a router loss (output_router_logits), which is not trained here")
-    pair = [min(rows, key=len)[:16], max(rows, key=len)[:32]]  # ragged
+    pair = [min(rows, key=len)[:16], max(rows, key=len)[:32]]  # of two lengths, so that one is padded
     pair = tokenizer.pad({"input_ids": pair}, padding_side="right", return_tensors="pt")
     if model.base_model is not model:
         ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
@@ -917,7 +917,7 @@ def check_context(config, length):  # [shared]
     if rope.get("rope_type") == "longrope":
         limit = rope["original_max_position_embeddings"]
     if length > limit:
-        kind = rope.get("rope_type", "no RoPE")
+        kind = f"{config.model_type}, RoPE {rope.get('rope_type')}"
         fail(f"sequences of {length} tokens exceed the context of {limit} ({kind}); lower the length limits")
 
 
@@ -973,8 +973,8 @@ def open_logs(args, state, *names):  # [shared]
 
 
 def check_data(state, sequences):  # [shared]
-    """A hash of the data's ids. Refuses to resume on other data, as the batches would be others."""
-    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of numbers: the same in every process
+    """A hash of the data's ids. Refuses to resume on other data, since the batches would differ."""
+    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of integers: the same in every process
     if state and state["data_hash"] != data_hash:
         fail("the data have changed since the checkpoint; name another --output_dir")
     return data_hash

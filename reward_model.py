@@ -1,14 +1,15 @@
-"""Stage 2 of RLHF: the reward model. The shipped task, on the model in runs/sft: python reward_model.py
+"""Stage 2 of RLHF: the reward model. On the model in runs/sft and data/preferences: python reward_model.py
 
 It is easier to say which of two responses is better than to write a good one. The SFT model gets a head that
-gives one number, the score of a response, and learns from such pairs by the Bradley-Terry model:
-P(chosen is preferred) = sigmoid(score(chosen) - score(rejected)). Stage 3 trains the policy against it.
-The default adds two terms to this textbook loss: a language-model loss on the chosen side, which brought 1 to
-2 points of held-out accuracy; and a centering term. Pairs leave an offset for each prompt open, which would
-be noise in stage 3: centering keeps the scores of all prompts around 0.
+gives one number, the score of a response, and learns from pairs of responses of which people preferred one,
+by the Bradley-Terry model: P(chosen is preferred) = sigmoid(score(chosen) - score(rejected)). Stage 3 trains
+the policy to raise the score. The default adds two terms to this textbook loss: a language-model loss on the
+chosen side, which brought 1 to 2 points of held-out accuracy on the shipped task, and a centering term. Pairs
+leave one constant per prompt undetermined, which would be noise in stage 3; centering keeps scores near 0.
 
-Sources: Christiano et al. 2017, section 2.2.3; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, 3.5.
-"""
+Sources: Christiano et al. 2017, section 2.2.3; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, 3.5;
+the two terms: Cobbe et al. 2021, Eisenstein et al. 2023. Functions marked [shared] are the same in the other
+scripts."""
 
 import functools
 import json
@@ -45,7 +46,7 @@ class Args:
     lm_coef: float = 1.0  # weight of the language-model loss on the chosen side (Cobbe et al. 2021)
     center_coef: float = 0.003  # weight of (score(chosen) + score(rejected))^2 (Eisenstein et al. 2023)
     # ---- optimization ----
-    learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 8e-4 below 10M parameters, else 1e-5
+    learning_rate: float = 0.0  # AdamW's peak rate; 0: 8e-4 below 10M parameters, else 1e-5
     num_train_epochs: int = 0  # passes over the pairs; 0 chooses 2 below 10M parameters, else 1
     max_steps: int = 0  # optimizer steps; overrides num_train_epochs if positive
     per_device_train_batch_size: int = 16  # pairs per forward and backward pass (micro-batch)
@@ -64,28 +65,30 @@ class Args:
 
 
 def pair_scores(model, pairs, device):
-    """Scores of (chosen ids, rejected ids) pairs, [B] and [B], and what they were read from: ids of both
-    sides, chosen first, [2B, L], and their hidden states [2B, L, d]."""
+    """Scores of (chosen ids, rejected ids) pairs, [B] and [B], and the hidden states that they were read
+    from, chosen sides first, [2B, L, d]."""
     sides = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
     ids = pad_sequence([torch.tensor(side) for side in sides], batch_first=True).to(device)  # [2B, L]
-    lengths = torch.tensor([len(side) for side in sides], device=device)  # [2B]
+    ends = torch.tensor([len(side) - 1 for side in sides], device=device)  # [2B]
     hidden = hidden_states(model, ids)  # [2B, L, d]
-    # At the last real token, by length: the last id that is not a pad is one token early if pad == EOS
-    last_hidden = torch.take_along_dim(hidden, lengths[:, None, None] - 1, dim=1)  # [2B, 1, d]
-    scores = model.score(last_hidden).flatten()  # [2B]
+    # At the last real token, by length. The stock class looks for the last id that is not a pad, which is one
+    # token early if pad == EOS.
+    scores = model.score(hidden[torch.arange(len(sides), device=device), ends]).flatten()  # [2B]
     chosen, rejected = scores.chunk(2)  # [B], [B]
-    return chosen, rejected, ids, hidden
+    return chosen, rejected, hidden
 
 
 def hidden_states(model, ids):  # [shared]
-    """Right-padded ids [B, L] -> [B, L, d]. bf16 on CUDA; weights stay fp32, or small steps would be lost."""
+    """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
+    right, so no real token sees it. The backbone computes in bf16 on CUDA; weights stay fp32, where small
+    updates do not round to nothing, and so do logits and losses."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
 
 def shuffled_batches(lengths, size, count, seed):  # [shared]
-    """`count` batches of row numbers, epoch by epoch, each epoch in another order. Rows of similar length
-    come together, for little padding: pools of 16 batches are drawn at random, sorted by length and cut."""
+    """A list of `count` batches of row numbers, epoch by epoch, each in another order. To keep padding small,
+    pools of 16 batches are drawn at random, sorted by length and cut, so that rows of like length meet."""
     lengths = torch.tensor(lengths)
     batches = []
     epoch = 0
@@ -103,23 +106,23 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
     """Learning rate of step 1 ... total_steps as a share of its peak: linear, then half a cosine to zero."""
     if step <= warmup_steps:
         return step / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
 def evaluate(model, pairs, size, device):
-    """Held-out loss, accuracy, mean margin and expected calibration error: the mean gap, over ten bins,
-    between the confidence in the preferred side and how often it was right."""
+    """Held-out loss, accuracy, mean margin and expected calibration error: the gap between the model's
+    confidence and its accuracy, over ten bins of confidence, weighted by size."""
     model.eval()
     margins = []
     for i in range(0, len(pairs), size):
-        chosen, rejected, _, _ = pair_scores(model, pairs[i : i + size], device)
+        chosen, rejected, _ = pair_scores(model, pairs[i : i + size], device)
         margins.append(chosen - rejected)
     margin = torch.cat(margins)  # [N]
     right = (margin > 0).float()  # [N]
     confidence = torch.sigmoid(margin.abs())  # [N] in 0.5 ... 1
-    bins = ((confidence - 0.5) * 20).long().clamp(max=9)  # [N]
+    bins = ((confidence - 0.5) * 20).long().clamp(max=9)  # [N] ten of them
     gap = right - confidence  # [N]
     bin_gaps = [gap[bins == b].sum().abs() for b in range(10)]
     return {
@@ -142,24 +145,28 @@ def main(args):
     end_ids = find_end_ids(sft, tokenizer)
     if type(sft.config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         fail(f"transformers has no sequence-classification class for model family {sft.config.model_type}")
-    # Of a regression model, stock pipelines show the score itself, not its sigmoid
-    options = {"num_labels": 1, "problem_type": "regression"}
-    auto_class = transformers.AutoModelForSequenceClassification
-    model, _ = load_pretrained(auto_class, args.model_name_or_path, "score.weight", **options)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        args.model_name_or_path,
+        num_labels=1,
+        problem_type="regression",  # stock pipelines then show the score, not its sigmoid
+        dtype=torch.float32,
+    )
+    model.base_model.load_state_dict(sft.base_model.state_dict())  # strict: no weight is left random
     # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252);
     # large ones would saturate the sigmoid before the backbone has learned anything.
-    width = model.score.in_features
-    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
+    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
 
     # 2. Pairs: two responses to one prompt. Ids of both end with the token that ends a turn, where the score
-    # is read, as it is the first position that has seen all of the response.
+    # is read: the first position that knows the response to be complete.
     train = load_pairs(tokenizer, end_ids, args, args.dataset_train_split)
     test = load_pairs(tokenizer, end_ids, args, args.dataset_test_split)
     sides = [side for pair in train + test for side in pair]
     data_hash = check_data(state, sides)
     check_model(sft, tokenizer, sides)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # frozen
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, after the comparison in full fp32
+    lm_head = (
+        sft.get_output_embeddings().requires_grad_(False).to(device)
+    )  # for a term of the loss; not trained
     # The stock class reads the score at the last token that is not a pad, so the pad must not be an end
     model.config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.pad_token_id in end_ids:
@@ -201,10 +208,8 @@ def main(args):
         step_loss = 0.0
         step_accuracy = 0.0
         for micro_batch in micro_batches:
-            # [b], [b], [2b, L], [2b, L, d]
-            chosen, rejected, ids, hidden = pair_scores(model, micro_batch, device)
-            # Bradley-Terry: the log-likelihood of the choices. A constant added to all scores changes nothing
-            # here; ppo_rlhf.py sets it.
+            chosen, rejected, hidden = pair_scores(model, micro_batch, device)  # [b], [b], [2b, L, d]
+            # Bradley-Terry: the log-likelihood of the choices
             margin = chosen - rejected  # [b]
             loss = -F.logsigmoid(margin).sum() / num_pairs
             center_loss = ((chosen + rejected) ** 2).sum() / num_pairs
@@ -212,13 +217,12 @@ def main(args):
             # Next-token prediction on prompt and response of the chosen side keeps what the backbone knows of
             # language, through the SFT model's own output layer.
             if args.lm_coef > 0:
-                b = len(micro_batch)
-                ends = torch.tensor([len(side) for side, _ in micro_batch], device=device)  # [b]
-                positions = torch.arange(1, ids.shape[1], device=device)  # [L-1]
-                real = positions < ends[:, None]  # [b, L-1]
-                predicting = hidden[:b, :-1][real]  # [N, d]
-                logits = lm_head(predicting)  # [N, V]
-                lm_loss = F.cross_entropy(logits, ids[:b, 1:][real], reduction="sum")
+                rows = [
+                    row[: len(side) - 1] for row, (side, _) in zip(hidden, micro_batch)
+                ]  # chosen come first
+                targets = [token for side, _ in micro_batch for token in side[1:]]
+                logits = lm_head(torch.cat(rows))  # [N, V]
+                lm_loss = F.cross_entropy(logits, torch.tensor(targets, device=device), reduction="sum")
                 total = total + args.lm_coef * lm_loss / num_tokens
             total.backward()
             step_loss += loss.detach()
@@ -230,10 +234,11 @@ def main(args):
         optimizer.zero_grad()
 
         # 5. Logging. Accuracy: the share of pairs in which the chosen response scores higher. On people's
-        # labels 100% is not to be had: InstructGPT's labelers agreed in 73% (Ouyang et al. 2022, 3.4).
+        # labels 100% is out of reach: InstructGPT's labelers agreed 73% of the time (Ouyang et al. 2022,
+        # 3.4).
         metrics = {
             "step": step,
-            "train/loss": step_loss,
+            "train/loss": step_loss,  # of Bradley-Terry alone, as eval/loss
             "train/accuracy": step_accuracy,
             "grad_norm": grad_norm,
             "lr": lr,
@@ -282,8 +287,8 @@ def find_device():  # [shared]
 
 
 def check_name(name, kind):  # [shared]
-    """Refuse a name that is neither a folder nor on the Hub. Libraries would look on the Hub for a minute,
-    or, without a network, take a data set that another project left in the cache under that name."""
+    """Refuse a name that is neither a folder nor on the Hub. Libraries would try the Hub for a minute, or,
+    without a network, take a data set that another project left in the cache under that name."""
     try:
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
@@ -321,17 +326,18 @@ def without_none(entry):  # [shared]
 
 
 def find_column(rows, *names):  # [shared]
-    """The first of `names` that the data set has, with text or messages in it."""
-    name = next((name for name in names if name in rows[0]), names[0])
-    if not isinstance(rows[0].get(name, 0), str | list | None):
-        fail(f"there is no column {' or '.join(names)} with text or messages: row 1 has {list(rows[0])}")
-    return name
+    """The first of `names` that the data set has. Only the first row is asked: the data set has it, or
+    not."""
+    for name in names:
+        if name in rows[0]:
+            return name
+    fail(f"there is no column {' or '.join(names)}: row 1 has {list(rows[0])}")
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of each row, in threads, as the tokenizer runs outside Python. A row for which it raises
-    ValueError is left out: in real data a few are always odd, and they should not end the run. One line says
-    how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
+    """encode_row of every row, in threads, as the tokenizer works outside of Python. Rows for which it raises
+    ValueError are left out, since in real data a few are always odd; one line says how many, why, and which
+    is the first. If most rows are left out, something else is wrong, and the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -357,26 +363,24 @@ def encode_rows(encode_row, rows, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: those of `column`, after those of `prompt` if it holds the response alone. No other
-    column is taken in its place. ValueError says why a row is left out."""
+    """The chat of a row: the messages of `column`; if they are a response alone, those of the column `prompt`
+    come first. No other column is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
-    kinds = list if column == "messages" else str | list
-    if not chat or not isinstance(chat, kinds):
+    if not chat or not isinstance(chat, str | list):
         raise ValueError(f"with no text or messages in {column}")
-    if isinstance(chat, str) and (column == "prompt" or "prompt" in row):
+    if isinstance(chat, str):
+        if column != "prompt" and "prompt" not in row:
+            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
+            before, marker, reply = chat.rpartition("\n\nAssistant:")
+            row = {"prompt": before and before + marker}
+            chat = reply.strip()
         chat = [{"role": "user" if column == "prompt" else "assistant", "content": chat}]
-    elif isinstance(
-        chat, str
-    ):  # a dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
-        before, marker, reply = chat.rpartition("\n\nAssistant:")
-        if not before:
-            raise ValueError("with no prompt")
-        prompt = {"role": "user", "content": before + marker}
-        chat = [prompt, {"role": "assistant", "content": reply.strip()}]
     for message in chat:
-        content = isinstance(message, dict) and "role" in message and message.get("content")
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"with a message in {column} that has no role")
+        content = message.get("content")
         if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-            raise ValueError(f"with no role and content (text) in a message of {column}")
+            raise ValueError(f"with a message in {column} that has no content (text)")
     if column not in ("prompt", "messages") and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
@@ -388,7 +392,7 @@ def render(tokenizer, row, chat, **options):  # [shared]
     tools = row.get("tools") or None
     if isinstance(tools, str):
         tools = json.loads(tools)
-    text = f"{chat} {tools}"
+    text = f"{chat} {tools}"  # all strings of the row at once
     for token in control_tokens(tokenizer):
         if token in text:
             raise ValueError(f"with {token} in the text")
@@ -432,7 +436,8 @@ def encode(tokenizer, end_ids, row, *columns, max_length=math.inf):  # [shared]
 
 
 def load_pairs(tokenizer, end_ids, args, split):
-    """Pairs of a split, each (chosen ids, rejected ids), the prompt included in both."""
+    """Pairs of a split, each (chosen ids, rejected ids), the prompt included in both. Rows have chosen and
+    rejected, after a column prompt or as complete dialogues."""
     rows = load_rows(args.dataset_name, split)
     columns = [find_column(rows, "chosen"), find_column(rows, "rejected")]
 
@@ -447,6 +452,7 @@ def find_end_ids(model, tokenizer):  # [shared]
     """Ids that end a response: the generation config's, the tokenizer's EOS, and the chat template's."""
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    # What the template writes after a response: its first added token ends the turn
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     _, content, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")
     if not content:
@@ -456,45 +462,44 @@ def find_end_ids(model, tokenizer):  # [shared]
     return sorted(ends - {None})
 
 
-def load_pretrained(auto_class, path, head=None, **options):  # [shared]
-    """(model in fp32, tokenizer). `head`: the weight that is new if a classifier is made of a causal
-    model."""
+def load_pretrained(auto_class, path):  # [shared]
+    """(model in fp32, tokenizer). Refuses a file that does not hold exactly the weights of such a model."""
     check_name(path, "model")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
-    trust = {"trust_remote_code": False}  # else a folder with code of its own asks on standard input
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **trust)
+    # Code that comes with a model is not run, nor does anything ask on standard input whether to
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
-        # The file as it stands: Transformers 5, 5.24 too, rebuilds GPT2Tokenizer, Qwen2Tokenizer and others
-        # by their class, without the file's pre-tokenizer: other ids than the model was trained on.
+        # The file as it stands: Transformers 5 (checked: 5.24) rebuilds GPT2Tokenizer, Qwen2Tokenizer and
+        # others by their class, without the file's pre-tokenizer: other ids than the model was trained on.
         tokenizer_class = transformers.PreTrainedTokenizerFast
         tokenizer = tokenizer_class.from_pretrained(path, eos_token=tokenizer.eos_token)
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(path, **trust, **options)
-    # A weight missing from the file would silently be random. What is left over is a fault too, but for the
-    # head of a causal model in a classifier, and for buffers that older versions saved.
-    wrong = info["missing_keys"] - {head}
-    if not head:
-        buffers = r"(masked_bias|attention\.bias|inv_freq|causal_mask|embed_positions)$"
-        wrong |= {name for name in info["unexpected_keys"] if not re.search(buffers, name)}
+    options = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    model, info = auto_class.from_pretrained(path, **options)
+    # A missing weight would silently be random. What is left over is a fault too, but for buffers that older
+    # versions saved.
+    buffers = r"(masked_bias|attention\.bias|inv_freq|causal_mask|embed_positions)$"
+    left_over = {name for name in info["unexpected_keys"] if not re.search(buffers, name)}
+    wrong = sorted(info["missing_keys"] | left_over)
     if wrong:
-        fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {sorted(wrong)[:4]}")
+        fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {wrong[:4]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is found by length, never by id
     return model, tokenizer
 
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
-    """Refuse too short a context, or a family whose logits are not output_layer(backbone), like Gemma 2."""
+    """Refuse too short a context, or a family whose logits are not output_layer(backbone), such as Gemma 2,
+    or change with padding on the right."""
     config = model.config.get_text_config()
     check_context(config, max(map(len, rows)) + extra)
     if getattr(config, "output_router_logits", False):
         print("note: the config asks for a router loss (output_router_logits), which is not trained here")
-    pair = [min(rows, key=len)[:16], max(rows, key=len)[:32]]  # ragged
+    pair = [min(rows, key=len)[:16], max(rows, key=len)[:32]]  # of two lengths, so that one is padded
     pair = tokenizer.pad({"input_ids": pair}, padding_side="right", return_tensors="pt")
     if model.base_model is not model:
         ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
@@ -512,7 +517,7 @@ def check_context(config, length):  # [shared]
     if rope.get("rope_type") == "longrope":
         limit = rope["original_max_position_embeddings"]
     if length > limit:
-        kind = rope.get("rope_type", "no RoPE")
+        kind = f"{config.model_type}, RoPE {rope.get('rope_type')}"
         fail(f"sequences of {length} tokens exceed the context of {limit} ({kind}); lower the length limits")
 
 
@@ -553,8 +558,8 @@ def open_logs(args, state, *names):  # [shared]
 
 
 def check_data(state, sequences):  # [shared]
-    """A hash of the data's ids. Refuses to resume on other data, as the batches would be others."""
-    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of numbers: the same in every process
+    """A hash of the data's ids. Refuses to resume on other data, since the batches would differ."""
+    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of integers: the same in every process
     if state and state["data_hash"] != data_hash:
         fail("the data have changed since the checkpoint; name another --output_dir")
     return data_hash

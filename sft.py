@@ -1,9 +1,9 @@
-"""Stage 1 of RLHF: supervised fine-tuning (SFT). The shipped task, from scratch: python sft.py
+"""Stage 1 of RLHF: supervised fine-tuning (SFT). A small model from scratch, on data/: python sft.py
 
-A base model continues text. Trained to predict the completions of demonstrations, it responds to prompts.
-The later stages start from the result: it gives the policy its first weights, is the reference that the KL
-penalty keeps the policy near, and the backbone of the reward model (Ouyang et al. 2022, section 3.5).
-"""
+A base model continues text. Trained to predict the completions of demonstrations (prompts with good
+responses), it responds to prompts. The result is the policy's starting point, the reference of the KL penalty
+and the reward model's backbone (Ouyang et al. 2022, section 3.5). Functions marked [shared] are the same in
+the other scripts."""
 
 import functools
 import inspect
@@ -31,15 +31,15 @@ from transformers.utils import cached_file
 @dataclass
 class Args:
     # ---- input and output ----
-    model_name_or_path: str = "scratch"  # a folder, a Hub name, or scratch: data/scratch with random weights
+    model_name_or_path: str = "scratch"  # a folder, a Hub name, or scratch: data/scratch, random weights
     dataset_name: str = "data/demonstrations"  # folder with train.jsonl and test.jsonl, or a Hub name
     dataset_train_split: str = "train"  # demonstrations to train on
     dataset_test_split: str = "test"  # held-out demonstrations
     output_dir: str = "runs/sft"  # run folder
-    prompt_template: str | None = None  # text with {prompt} in it, for a model without a chat template
+    prompt_template: str | None = None  # text with {prompt} in it, instead of the model's chat template
     max_length: int = 512  # tokens of prompt and completion together; longer examples are left out
     # ---- optimization ----
-    learning_rate: float = 0.0  # peak of AdamW's; 0 chooses 3e-3 below 10M parameters, else 1e-5
+    learning_rate: float = 0.0  # AdamW's peak rate; 0: 3e-3 below 10M parameters, else 1e-5
     num_train_epochs: int = 0  # passes over the demonstrations; 0 chooses 6 below 10M parameters, else 2
     max_steps: int = 0  # optimizer steps; overrides num_train_epochs if positive
     per_device_train_batch_size: int = 16  # examples per forward and backward pass (micro-batch)
@@ -50,8 +50,8 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     seed: int = 1  # of new weights, the order of the data, dropout and samples
     # ---- logging and checkpoints ----
-    eval_steps: int = 250  # steps between evaluations: held-out loss and a sample
-    temperature: float = 0.7  # of the samples, here and as the saved default
+    eval_steps: int = 250  # steps between evaluations, besides the one at the end: held-out loss, a sample
+    temperature: float = 0.7  # of samples, also saved in generation_config.json
     max_new_tokens: int = 64  # longest sample in tokens
     save_steps: int = 200  # steps between checkpoints
     track: bool = False  # log to Weights & Biases
@@ -63,25 +63,29 @@ def completion_loss(model, examples, device):
     """Summed negative log-likelihood of the completions' tokens, EOS included; prompts are given, not
     learned. `examples` are (prompt ids, completion ids)."""
     rows = [torch.tensor(prompt + completion) for prompt, completion in examples]
-    ids = pad_sequence(rows, batch_first=True).to(device)  # [B, L]; any id does as padding
-    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in examples]
-    labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)  # [B, L]
-    labels = labels[:, 1:]  # [B, L-1]: each position predicts the next token
+    ids = pad_sequence(rows, batch_first=True).to(device)  # [B, L]; what is padding is not read
+    # One shorter than the row, as each position predicts the next token; -100: nothing to learn
+    labels = [torch.tensor([-100] * (len(prompt) - 1) + completion) for prompt, completion in examples]
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)  # [B, L-1]
     real = labels >= 0  # [B, L-1]
     hidden = hidden_states(model, ids)  # [B, L, d]
-    logits = model.get_output_embeddings()(hidden[:, :-1][real])  # [N, V]: never [B, L, V]
+    logits = model.get_output_embeddings()(
+        hidden[:, :-1][real]
+    )  # [N, V] of N completion tokens, not [B, L, V]
     return F.cross_entropy(logits, labels[real], reduction="sum")
 
 
 def hidden_states(model, ids):  # [shared]
-    """Right-padded ids [B, L] -> [B, L, d]. bf16 on CUDA; weights stay fp32, or small steps would be lost."""
+    """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
+    right, so no real token sees it. The backbone computes in bf16 on CUDA; weights stay fp32, where small
+    updates do not round to nothing, and so do logits and losses."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
 
 def shuffled_batches(lengths, size, count, seed):  # [shared]
-    """`count` batches of row numbers, epoch by epoch, each epoch in another order. Rows of similar length
-    come together, for little padding: pools of 16 batches are drawn at random, sorted by length and cut."""
+    """A list of `count` batches of row numbers, epoch by epoch, each in another order. To keep padding small,
+    pools of 16 batches are drawn at random, sorted by length and cut, so that rows of like length meet."""
     lengths = torch.tensor(lengths)
     batches = []
     epoch = 0
@@ -99,10 +103,13 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
     """Learning rate of step 1 ... total_steps as a share of its peak: linear, then half a cosine to zero."""
     if step <= warmup_steps:
         return step / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+# In Jinja. A response begins with a space, as tokenizers join a space to the word after it: so the prompt's
+# ids are those that the chat begins with. A prompt ends with `after`, so nothing is left for
+# add_generation_prompt.
 TURNS = """{% for m in messages %}
 {%- if m.role == 'user' %}{{ before + m.content + after }}
 {%- elif m.role == 'assistant' %}{{ ' ' if m.content[:1] not in ' \\n' }}{{ m.content + eos_token }}
@@ -111,11 +118,11 @@ TURNS = """{% for m in messages %}
 
 
 def chat_template(prompt_template, tokenizer):
-    """A chat template from "Prompt: {prompt}\\nResponse:" or so; responses follow a space, then EOS."""
+    """A chat template from "Prompt: {prompt}\\nResponse:", for instance. Ends of turns are EOS."""
     text = prompt_template.replace("\\n", "\n")  # a shell passes \n as two characters
     before, after = text.split("{prompt}")
     start = f"{{% set before, after = {before!r}, {after!r} %}}"
-    if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+    if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # the tokenizer begins texts with BOS
         start += "{{ bos_token }}"
     return start + TURNS
 
@@ -128,8 +135,8 @@ def main(args):
     device = find_device()
     torch.manual_seed(args.seed)
 
-    # 1. Model and tokenizer. A chat template makes one text of a dialogue, with its roles and ends of turns.
-    # A base model has none, so it gets one here; saved with the tokenizer, it serves all stages.
+    # 1. Model and tokenizer. A chat template turns a dialogue into one text, with marks of roles and ends of
+    # turns. A base model has none, so it gets one here; saved with the tokenizer, it serves all stages.
     if args.model_name_or_path == "scratch":  # a Llama of 0.7M parameters
         check_name("data/scratch", "model")
         tokenizer = transformers.AutoTokenizer.from_pretrained("data/scratch")
@@ -142,20 +149,21 @@ def main(args):
         tokenizer.chat_template = chat_template(template, tokenizer)
     end_ids = find_end_ids(model, tokenizer)
     classifiers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if type(model.config) not in classifiers or not can_be_sampled(model):  # said before hours of training
-        lack = "a classifier for stage 2, or a cache that stage 3 can sample with"
-        print(f"note: {model.config.model_type} can be fine-tuned, but transformers has not {lack}")
+    if type(model.config) not in classifiers or not can_be_sampled(model):
+        # Better known now than after hours of training
+        lack = "no classifier for stage 2, or no cache that stage 3 can sample with"
+        print(f"note: {model.config.model_type} can be fine-tuned, but transformers has {lack}")
 
     # 2. Data. The loss is on completions alone: the model has to learn to respond, not to write prompts.
     train = load_examples(tokenizer, end_ids, args, args.dataset_train_split)
     test = load_examples(tokenizer, end_ids, args, args.dataset_test_split)
     sequences = [prompt + completion for prompt, completion in train + test]
     data_hash = check_data(state, sequences)
-    longest_sample = test[0][0] + [0] * args.max_new_tokens
+    longest_sample = test[0][0] + [0] * args.max_new_tokens  # a stand-in, as its length is checked
     check_model(model, tokenizer, [*sequences, longest_sample])
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, after the comparison in full fp32
     print(f"for example: {tokenizer.decode(train[0][0])!r} -> {tokenizer.decode(train[0][1])!r}")
-    # For `generate`, here and later: the distribution that is trained, without top-k, top-p or penalties
+    # For `generate`, here and later: temperature alone. The library's default top_k is 50, not 0.
     model.generation_config = transformers.GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
@@ -169,9 +177,9 @@ def main(args):
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
-    # 3. Optimizer and schedule. AdamW, as in pretraining: Adam scales each weight's step by the size of its
-    # gradients; weight decay, a gentle pull to zero, keeps weights small. A small model from scratch takes a
-    # rate some hundred times that of a pretrained one, which would forget what it knows.
+    # 3. Optimizer and schedule. AdamW, as in pretraining: Adam divides each weight's step by the size of its
+    # gradients; weight decay, a gentle pull to zero, keeps weights small. A small model, from scratch, takes
+    # 300 times the rate of a large pretrained one, which would forget what it knows.
     small = model.num_parameters() < 10e6
     learning_rate = args.learning_rate or (3e-3 if small else 1e-5)
     epochs = args.num_train_epochs or (6 if small else 2)
@@ -194,12 +202,12 @@ def main(args):
         # 4. One optimizer step. Dropout is a function of seed and step, so --resume needs no random state.
         torch.manual_seed(args.seed * 2**20 + step)
         model.train()  # dropout on, if the model has any
-        # Warm-up, as Adam's first estimates are rough; then a cosine, so that the last steps average out the
-        # noise of the batches rather than follow it.
+        # Warm-up, because Adam's first estimates are rough; then a cosine, so that the last, small steps
+        # average over the noise of the batches rather than follow it.
         lr = learning_rate * warmup_cosine(step, args.warmup_steps, total_steps)
         optimizer.param_groups[0]["lr"] = lr
         micro_batches = batches[(step - 1) * accumulation : step * accumulation]
-        # Divided by the tokens of the step, not of each micro-batch: every token weighs the same.
+        # The loss is divided by the tokens of the step, not of each micro-batch: every token weighs the same.
         num_tokens = sum(len(train[i][1]) for micro_batch in micro_batches for i in micro_batch)
         step_loss = 0.0
         for micro_batch in micro_batches:
@@ -226,8 +234,8 @@ def main(args):
             starts = range(0, len(test), batch_size)
             with torch.no_grad():
                 losses = [completion_loss(model, test[i : i + batch_size], device) for i in starts]
-            num_tokens = sum(len(completion) for _, completion in test)
-            metrics["eval/loss"] = sum(losses) / num_tokens
+            num_test_tokens = sum(len(completion) for _, completion in test)
+            metrics["eval/loss"] = sum(losses) / num_test_tokens
             prompt_ids = torch.tensor([test[0][0]], device=device)  # [1, L]
             sample = model.generate(prompt_ids)
             tqdm.write(f"step {step}: held-out loss {metrics['eval/loss']:.3f} nats per token")
@@ -269,8 +277,8 @@ def find_device():  # [shared]
 
 
 def check_name(name, kind):  # [shared]
-    """Refuse a name that is neither a folder nor on the Hub. Libraries would look on the Hub for a minute,
-    or, without a network, take a data set that another project left in the cache under that name."""
+    """Refuse a name that is neither a folder nor on the Hub. Libraries would try the Hub for a minute, or,
+    without a network, take a data set that another project left in the cache under that name."""
     try:
         if not Path(name).is_dir():
             huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=["*.json", "*.md"])
@@ -308,17 +316,18 @@ def without_none(entry):  # [shared]
 
 
 def find_column(rows, *names):  # [shared]
-    """The first of `names` that the data set has, with text or messages in it."""
-    name = next((name for name in names if name in rows[0]), names[0])
-    if not isinstance(rows[0].get(name, 0), str | list | None):
-        fail(f"there is no column {' or '.join(names)} with text or messages: row 1 has {list(rows[0])}")
-    return name
+    """The first of `names` that the data set has. Only the first row is asked: the data set has it, or
+    not."""
+    for name in names:
+        if name in rows[0]:
+            return name
+    fail(f"there is no column {' or '.join(names)}: row 1 has {list(rows[0])}")
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of each row, in threads, as the tokenizer runs outside Python. A row for which it raises
-    ValueError is left out: in real data a few are always odd, and they should not end the run. One line says
-    how many are left out, why, and which is the first. If most are, something else is wrong: refused."""
+    """encode_row of every row, in threads, as the tokenizer works outside of Python. Rows for which it raises
+    ValueError are left out, since in real data a few are always odd; one line says how many, why, and which
+    is the first. If most rows are left out, something else is wrong, and the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -344,26 +353,24 @@ def encode_rows(encode_row, rows, split):  # [shared]
 
 
 def read_chat(row, column):  # [shared]
-    """Messages of a row: those of `column`, after those of `prompt` if it holds the response alone. No other
-    column is taken in its place. ValueError says why a row is left out."""
+    """The chat of a row: the messages of `column`; if they are a response alone, those of the column `prompt`
+    come first. No other column is taken in its place. ValueError says why a row is left out."""
     chat = row.get(column)
-    kinds = list if column == "messages" else str | list
-    if not chat or not isinstance(chat, kinds):
+    if not chat or not isinstance(chat, str | list):
         raise ValueError(f"with no text or messages in {column}")
-    if isinstance(chat, str) and (column == "prompt" or "prompt" in row):
+    if isinstance(chat, str):
+        if column != "prompt" and "prompt" not in row:
+            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
+            before, marker, reply = chat.rpartition("\n\nAssistant:")
+            row = {"prompt": before and before + marker}
+            chat = reply.strip()
         chat = [{"role": "user" if column == "prompt" else "assistant", "content": chat}]
-    elif isinstance(
-        chat, str
-    ):  # a dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
-        before, marker, reply = chat.rpartition("\n\nAssistant:")
-        if not before:
-            raise ValueError("with no prompt")
-        prompt = {"role": "user", "content": before + marker}
-        chat = [prompt, {"role": "assistant", "content": reply.strip()}]
     for message in chat:
-        content = isinstance(message, dict) and "role" in message and message.get("content")
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"with a message in {column} that has no role")
+        content = message.get("content")
         if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-            raise ValueError(f"with no role and content (text) in a message of {column}")
+            raise ValueError(f"with a message in {column} that has no content (text)")
     if column not in ("prompt", "messages") and "prompt" in row and chat[0]["role"] == "assistant":
         chat = read_chat(row, "prompt") + chat
     return chat
@@ -375,7 +382,7 @@ def render(tokenizer, row, chat, **options):  # [shared]
     tools = row.get("tools") or None
     if isinstance(tools, str):
         tools = json.loads(tools)
-    text = f"{chat} {tools}"
+    text = f"{chat} {tools}"  # all strings of the row at once
     for token in control_tokens(tokenizer):
         if token in text:
             raise ValueError(f"with {token} in the text")
@@ -419,7 +426,8 @@ def encode(tokenizer, end_ids, row, *columns, max_length=math.inf):  # [shared]
 
 
 def load_examples(tokenizer, end_ids, args, split):
-    """Examples of a split, each [prompt ids, completion ids]."""
+    """Examples of a split, each [prompt ids, completion ids]. Rows have prompt and completion, or messages,
+    or, without a column prompt, hh-rlhf's chosen: a dialogue whose last reply is learned."""
     rows = load_rows(args.dataset_name, split)
     names = ("completion", "messages") if "prompt" in rows[0] else ("completion", "messages", "chosen")
     column = find_column(rows, *names)
@@ -432,6 +440,7 @@ def find_end_ids(model, tokenizer):  # [shared]
     """Ids that end a response: the generation config's, the tokenizer's EOS, and the chat template's."""
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    # What the template writes after a response: its first added token ends the turn
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     _, content, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Hello!")
     if not content:
@@ -441,45 +450,44 @@ def find_end_ids(model, tokenizer):  # [shared]
     return sorted(ends - {None})
 
 
-def load_pretrained(auto_class, path, head=None, **options):  # [shared]
-    """(model in fp32, tokenizer). `head`: the weight that is new if a classifier is made of a causal
-    model."""
+def load_pretrained(auto_class, path):  # [shared]
+    """(model in fp32, tokenizer). Refuses a file that does not hold exactly the weights of such a model."""
     check_name(path, "model")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
-    trust = {"trust_remote_code": False}  # else a folder with code of its own asks on standard input
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **trust)
+    # Code that comes with a model is not run, nor does anything ask on standard input whether to
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
-        # The file as it stands: Transformers 5, 5.24 too, rebuilds GPT2Tokenizer, Qwen2Tokenizer and others
-        # by their class, without the file's pre-tokenizer: other ids than the model was trained on.
+        # The file as it stands: Transformers 5 (checked: 5.24) rebuilds GPT2Tokenizer, Qwen2Tokenizer and
+        # others by their class, without the file's pre-tokenizer: other ids than the model was trained on.
         tokenizer_class = transformers.PreTrainedTokenizerFast
         tokenizer = tokenizer_class.from_pretrained(path, eos_token=tokenizer.eos_token)
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(path, **trust, **options)
-    # A weight missing from the file would silently be random. What is left over is a fault too, but for the
-    # head of a causal model in a classifier, and for buffers that older versions saved.
-    wrong = info["missing_keys"] - {head}
-    if not head:
-        buffers = r"(masked_bias|attention\.bias|inv_freq|causal_mask|embed_positions)$"
-        wrong |= {name for name in info["unexpected_keys"] if not re.search(buffers, name)}
+    options = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    model, info = auto_class.from_pretrained(path, **options)
+    # A missing weight would silently be random. What is left over is a fault too, but for buffers that older
+    # versions saved.
+    buffers = r"(masked_bias|attention\.bias|inv_freq|causal_mask|embed_positions)$"
+    left_over = {name for name in info["unexpected_keys"] if not re.search(buffers, name)}
+    wrong = sorted(info["missing_keys"] | left_over)
     if wrong:
-        fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {sorted(wrong)[:4]}")
+        fail(f"{path} is not a {type(model).__name__}: weights missing or left over: {wrong[:4]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is found by length, never by id
     return model, tokenizer
 
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
-    """Refuse too short a context, or a family whose logits are not output_layer(backbone), like Gemma 2."""
+    """Refuse too short a context, or a family whose logits are not output_layer(backbone), such as Gemma 2,
+    or change with padding on the right."""
     config = model.config.get_text_config()
     check_context(config, max(map(len, rows)) + extra)
     if getattr(config, "output_router_logits", False):
         print("note: the config asks for a router loss (output_router_logits), which is not trained here")
-    pair = [min(rows, key=len)[:16], max(rows, key=len)[:32]]  # ragged
+    pair = [min(rows, key=len)[:16], max(rows, key=len)[:32]]  # of two lengths, so that one is padded
     pair = tokenizer.pad({"input_ids": pair}, padding_side="right", return_tensors="pt")
     if model.base_model is not model:
         ours = model.get_output_embeddings()(hidden_states(model, pair.input_ids))  # [2, L, V]
@@ -497,7 +505,7 @@ def check_context(config, length):  # [shared]
     if rope.get("rope_type") == "longrope":
         limit = rope["original_max_position_embeddings"]
     if length > limit:
-        kind = rope.get("rope_type", "no RoPE")
+        kind = f"{config.model_type}, RoPE {rope.get('rope_type')}"
         fail(f"sequences of {length} tokens exceed the context of {limit} ({kind}); lower the length limits")
 
 
@@ -544,8 +552,8 @@ def open_logs(args, state, *names):  # [shared]
 
 
 def check_data(state, sequences):  # [shared]
-    """A hash of the data's ids. Refuses to resume on other data, as the batches would be others."""
-    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of numbers: the same in every process
+    """A hash of the data's ids. Refuses to resume on other data, since the batches would differ."""
+    data_hash = hash(tuple(hash(tuple(ids)) for ids in sequences))  # of integers: the same in every process
     if state and state["data_hash"] != data_hash:
         fail("the data have changed since the checkpoint; name another --output_dir")
     return data_hash
