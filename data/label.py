@@ -43,7 +43,8 @@ BATCH = 128  # prompts answered at a time
 def answer(policy, tokenizer, prompts, samples):
     """`samples` answers of the policy to each prompt, by stock `generate` -> [(prompt, [text, ...]), ...]."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    rows = {"input_ids": [render(tokenizer, {}, chat, add_generation_prompt=True) for chat in chats]}
+    texts = [render(tokenizer, {}, chat, add_generation_prompt=True) for chat in chats]
+    rows = {"input_ids": tokenizer(texts, add_special_tokens=False).input_ids}
     inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(policy.device)  # [b, P]
     width = inputs.input_ids.shape[1]
     longest = width + policy.generation_config.max_new_tokens
@@ -101,9 +102,9 @@ def main():
     for split in tables if args.add else []:
         if not Path(args.add, f"{split}.jsonl").is_file():
             fail(f"--add {args.add}: has no {split}.jsonl; give a folder of pairs, such as data/preferences")
-        for row in load_rows(args.add, split):
+        for number, row in enumerate(load_rows(args.add, split), 1):
             if not all(isinstance(row.get(column), str) for column in COLUMNS):
-                fail(f"{row['where']}: it must have {', '.join(COLUMNS)}")
+                fail(f"{args.add}, {split}, row {number}: it must have {', '.join(COLUMNS)}")
             tables[split].append({column: row[column] for column in COLUMNS})
     for row in tables["train"]:
         if row["prompt"] in held_out:
