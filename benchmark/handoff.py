@@ -247,8 +247,13 @@ def main():
         )
         check_calculate_rewards(name, trainer, tokenizer, rows)
         train(name, trainer, "rewards/reward_model/mean", "rewards/score_ids/mean")
-    if torch.distributed.is_initialized():  # or a process may abort as it ends, and the launcher says FAILED
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        # The models still hold it, and gloo's thread may want the interpreter that is ending: a process then
+        # hangs, or aborts and the launcher says FAILED
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ a world whose held-out prompts are others; METHODS has the one that was best the
 Made equal: 3,072 sampled responses (DPO: the reward model's pairs, in whole updates), 128 an update, 2 passes
 of 8 minibatches (DPO: 1), temperature 0.7, at most 64 tokens, the penalty without EOS, warm-up and linear
 decay, Adam with eps 1e-5, clip range 0.2, gradient norm 1, no dropout, weights in fp32, 4 (RLOO) or 8 (GRPO)
-responses to a prompt; KL by k1 in the reward (PPO, RLOO), by k3 in the loss (GRPO). Scores are normalized by
-the SFT model's on the first rollout; for TRL's PPO that scale is put into the reward model's head. "TRL GRPO"
-has the loss of forks/grpo.patch, so that it checks ours; "TRL GRPO, its own loss" TRL's defaults: dapo, no
-KL penalty (with --betas: k3 times the ratio).
+responses to a prompt; KL by k1 in the reward (PPO, RLOO), by k3 in the loss (GRPO, unless its name says
+otherwise). Scores are normalized by the SFT model's on the first rollout; for TRL's PPO that scale is put
+into the reward model's head. "TRL GRPO" has the loss of forks/grpo.patch, so that it checks ours; "TRL GRPO,
+its own loss" TRL's defaults: dapo, no KL penalty.
 
 Left as TRL does it: PPO's critic starts as the reward model with its head (ours: its backbone, the head at
 zero and with a learning rate of its own); the score falls one slot after the last token, where a value is
@@ -63,6 +63,7 @@ class Method(NamedTuple):
     script: str = "ppo_rlhf.py"
     flags: str = ""
     patches: tuple = ()
+    edit: tuple = ()  # what in the patched script is replaced, and by what
     learning_rate: float = 1.5e-4
     beta: float | None = 0.1  # None: it has no KL coefficient
     budget: float = 1.0  # as a multiple of --total_episodes
@@ -77,7 +78,14 @@ METHODS = {
     "PPO, shared values, longer": Method(flags="--no-separate_critic", budget=1.5),  # as many seconds as PPO
     "RLOO": Method(flags=f"{GROUPS} 4", patches=("forks/rloo",)),
     "GRPO": Method(flags=f"{GROUPS} 8", patches=("forks/grpo",)),
-    "GRPO, KL in the reward": Method(flags=f"{GROUPS} 8 --kl_in_reward", patches=("forks/grpo",)),
+    "GRPO, KL in the reward": Method(
+        flags=f"{GROUPS} 8",
+        patches=("forks/rloo",),
+        edit=(
+            "(totals - baselines)",
+            "((totals - totals.mean(1, keepdim=True)) / (totals.std(1, keepdim=True) + 1e-4))",
+        ),
+    ),
     "TRL PPO": Method("trl_run.py", "--method ppo"),
     "TRL RLOO": Method("trl_run.py", "--method rloo --num_generations 4"),
     "TRL GRPO": Method("trl_run.py", "--method grpo --num_generations 8"),
@@ -156,6 +164,10 @@ def job(args, setting):
     script = args.work_dir / f"{slug}_script/ppo_rlhf.py"
     if not script.exists():
         common.make_copy(script.parent, method.patches)
+        if method.edit:
+            text = script.read_text()
+            assert text.count(method.edit[0]) == 1, f"{method.edit[0]} is not in the patch once"
+            script.write_text(text.replace(*method.edit))
     return common.job(folder, script, *words, **flags)
 
 
