@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import save, tiny_config, tiny_model, tiny_tokenizer
+from conftest import make_inputs, run_stage, save, tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import reward_model
 import sft
 
 BUFFERS = {  # of the first layer, in files of older versions of the library
@@ -22,23 +23,25 @@ BUFFERS = {  # of the first layer, in files of older versions of the library
 
 @pytest.mark.parametrize("family", BUFFERS)
 def test_published_weights(family, tmp_path):
-    """Load as a language model and as the backbone of a classifier, each weight what it was. GPT-NeoX calls
+    """Load as a language model and as the reward model of stage 2, each weight what it was. GPT-NeoX calls
     its head embed_out on disk; OpenAI's file of GPT-2 has the backbone alone."""
+    make_inputs(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     model = tiny_model(family)
-    folder = save(model, tiny_tokenizer(), tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
+    folder = save(model, tiny_tokenizer(), tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
     assert ("embed_out.weight" in weights) == (family == "gpt_neox")
     if family == "gpt2":
         weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     path, *names = BUFFERS[family]
     weights |= {path.format(name): torch.ones(4) for name in names}
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
     causal, _ = sft.load_pretrained(AutoModelForCausalLM, folder)
-    judge, _ = sft.load_pretrained(AutoModelForSequenceClassification, folder, "score.weight", num_labels=1)
     assert torch.equal(causal.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    run_stage(reward_model, tmp_path, tmp_path / "out", learning_rate=1e-9)
+    judge, _ = sft.load_pretrained(AutoModelForSequenceClassification, str(tmp_path / "out"))
     for loaded in (causal, judge):
         for ours, theirs in zip(loaded.base_model.parameters(), model.base_model.parameters(), strict=True):
-            assert torch.equal(ours, theirs) and ours.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 TEXT = "Steps 1234:\n\n1. Mix 250 g of flour.\n\n2. Bake it, isn't it?"

@@ -56,23 +56,13 @@ def tree(folder):
 
 # ---- Numbers ----
 
-AT_LEAST_1 = "eval_steps save_steps per_device_train_batch_size gradient_accumulation_steps max_length"
-AT_LEAST_1 += " total_episodes batch_size rollout_batch_size num_mini_batches num_generations num_ppo_epochs"
-AT_LEAST_1 += " max_new_tokens max_prompt_length"
-AT_LEAST_0 = "learning_rate max_grad_norm weight_decay lm_coef center_coef value_learning_rate beta cliprange"
-AT_LEAST_0 += " cliprange_value vf_coef entropy_coef adaptive_kl_target"
-NUMBERS = dict.fromkeys(AT_LEAST_1.split(), 0) | dict.fromkeys(AT_LEAST_0.split(), -0.1)
-NUMBERS |= {
-    "num_train_epochs": -1,
-    "warmup_steps": -1,
-    "seed": -1,
-    "gamma": 1.5,
-    "lam": 1.5,
-    "temperature": 0.0,
-}
-ALLOWED = {"warmup_steps": 0, "seed": 0, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_steps": -1}
-ALLOWED |= {"beta": 0.0, "gamma": 0.0, "lam": 0.0, "missing_eos_penalty": -1.0, "length_penalty": -0.1}
-ALLOWED |= {"lm_coef": 0.0, "center_coef": 0.0, "vf_coef": 0.0}
+SIGNED = ("max_steps", "missing_eos_penalty", "length_penalty")
+MAY_BE_0 = ("warmup_steps", "seed", "max_grad_norm", "weight_decay", "beta", "gamma", "lam", "lm_coef")
+
+
+def wrong(name, default):
+    """The nearest number that is refused: counts are at least 1, unless 0 stands for "choose"."""
+    return -0.1 if isinstance(default, float) else 0 if default and name not in MAY_BE_0 else -1
 
 
 @pytest.mark.parametrize("stage", EVERY)
@@ -80,11 +70,18 @@ def test_numbers(stage, tmp_path, monkeypatch, refused):
     """With which a run would train nothing, or the wrong way, or stop halfway: refused before all else. A 0
     that means something is not."""
     monkeypatch.chdir(tmp_path)
-    own = lambda table: {name: value for name, value in table.items() if hasattr(STAGES[stage].Args, name)}
-    for name, value in own(NUMBERS).items():
+    defaults = vars(STAGES[stage].Args()).items()
+    numbers = [(name, x) for name, x in defaults if type(x) in (int, float) and name not in SIGNED]
+    cases = [(name, wrong(name, x)) for name, x in numbers]
+    cases += [
+        (name, x) for name, x in (("gamma", 1.5), ("lam", 1.5), ("temperature", 0.0)) if name in dict(numbers)
+    ]
+    for name, value in cases:
         with refused(f"--{name}"):
             main(stage, **{name: value})
-    STAGES[stage].check_numbers(STAGES[stage].Args(**own(ALLOWED)))
+    allowed = {name: 0 * x for name, x in numbers if name in MAY_BE_0}
+    allowed |= {name: -1 for name in SIGNED if name in dict(defaults)}
+    STAGES[stage].check_numbers(STAGES[stage].Args(**allowed))
     assert not tree(tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_held_out_figures_by_hand(monkeypatch):
         assert not torch.is_grad_enabled() and not model.training
         sizes.append(len(batch))
         chosen = torch.tensor([margins[side[0]] + 0.5 for side, _ in batch])
-        return chosen, torch.full((len(batch),), 0.5), None, None
+        return chosen, torch.full((len(batch),), 0.5), None
 
     monkeypatch.setattr(reward_model, "pair_scores", pair_scores)
     figures = reward_model.evaluate(torch.nn.Dropout(), pairs, 7, "cpu")
