@@ -79,16 +79,12 @@ class Args:
     rollout_batch_size: int = 128  # episodes sampled at a time; fewer need less memory for keys and values
     max_new_tokens: int = 64  # longest response in tokens; good ones of the shipped task take about 50
     temperature: float = 0.7  # of the sampler and of every log-prob (Ziegler et al. 2019)
-    cuda_graph: bool = (
-        True  # on CUDA, record one decode step and replay it; off if a model cannot be recorded
-    )
+    cuda_graph: bool = True  # on CUDA, record a decode step and replay it; off if it cannot be recorded
     # ---- rewards and advantages ----
     beta: float = 0.1  # KL penalty coefficient; 0 invites reward hacking, 0.02 to 0.2 is usual
     missing_eos_penalty: float = 1.0  # off the normalized score of a response cut off at max_new_tokens
     length_penalty: float = 0.0  # off the normalized score, per response token
-    adaptive_kl_target: float = (
-        0.0  # if positive, beta adapts to hold the KL near this many nats per response
-    )
+    adaptive_kl_target: float = 0.0  # if positive, beta adapts to keep the KL near it, in nats per response
     gamma: float = 1.0  # discount per token; 1, as a response is judged as a whole
     lam: float = 1.0  # GAE's lambda: 0 trusts the values, 1 the rewards; 0.95 is usual, but learned less here
     # ---- update ----
@@ -266,7 +262,7 @@ def reward_fn(reward_model, tokenizer, sequences, starts, lengths, rows):
 
         spans = zip(sequences, starts, lengths)
         texts = [tokenizer.decode(ids[start:end], skip_special_tokens=True) for ids, start, end in spans]
-        return torch.tensor([float(row["answer"] in text) for row, text in zip(rows, texts)])
+        return torch.tensor([float(text.endswith(row["answer"])) for row, text in zip(rows, texts)])
     """
     if sequences.max() >= reward_model.get_input_embeddings().num_embeddings:
         fail(f"the policy sampled id {sequences.max()}, for which the reward model has no embedding")
@@ -743,9 +739,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of every row, in threads, as the tokenizer works outside of Python. Rows for which it raises
-    ValueError are left out, since in real data a few are always odd; one line says how many, why, and which
-    is the first. If most rows are left out, something else is wrong, and the data set is refused."""
+    """encode_row of every row, two at a time, as the tokenizer works outside of Python. Rows for which it
+    raises ValueError are left out, since in real data a few are always odd; one line says how many, why, and
+    which is the first. If most rows are left out, something else is wrong, and the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -755,7 +751,7 @@ def encode_rows(encode_row, rows, split):  # [shared]
         except ValueError as why:
             return None, str(why)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(2) as pool:
         results = tqdm(pool.map(attempt, rows), f"{split} rows", len(rows), disable=None, leave=False)
         for number, (example, why) in enumerate(results, 1):
             if why:
@@ -1020,6 +1016,7 @@ def save_checkpoint(args, logs, model, optimizer, progress, data_hash, run):  # 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads within a row only slow down those of encode_rows
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

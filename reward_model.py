@@ -164,9 +164,7 @@ def main(args):
     data_hash = check_data(state, sides)
     check_model(sft, tokenizer, sides)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, after the comparison in full fp32
-    lm_head = (
-        sft.get_output_embeddings().requires_grad_(False).to(device)
-    )  # for a term of the loss; not trained
+    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # for a term of the loss
     # The stock class reads the score at the last token that is not a pad, so the pad must not be an end
     model.config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.pad_token_id in end_ids:
@@ -335,9 +333,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of every row, in threads, as the tokenizer works outside of Python. Rows for which it raises
-    ValueError are left out, since in real data a few are always odd; one line says how many, why, and which
-    is the first. If most rows are left out, something else is wrong, and the data set is refused."""
+    """encode_row of every row, two at a time, as the tokenizer works outside of Python. Rows for which it
+    raises ValueError are left out, since in real data a few are always odd; one line says how many, why, and
+    which is the first. If most rows are left out, something else is wrong, and the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -347,7 +345,7 @@ def encode_rows(encode_row, rows, split):  # [shared]
         except ValueError as why:
             return None, str(why)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(2) as pool:
         results = tqdm(pool.map(attempt, rows), f"{split} rows", len(rows), disable=None, leave=False)
         for number, (example, why) in enumerate(results, 1):
             if why:
@@ -597,6 +595,7 @@ def save_checkpoint(args, logs, model, optimizer, progress, data_hash, run):  # 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads within a row only slow down those of encode_rows
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

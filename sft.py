@@ -69,9 +69,8 @@ def completion_loss(model, examples, device):
     labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)  # [B, L-1]
     real = labels >= 0  # [B, L-1]
     hidden = hidden_states(model, ids)  # [B, L, d]
-    logits = model.get_output_embeddings()(
-        hidden[:, :-1][real]
-    )  # [N, V] of N completion tokens, not [B, L, V]
+    # Only of the N completion tokens, as [B, L, V] would be large
+    logits = model.get_output_embeddings()(hidden[:, :-1][real])  # [N, V]
     return F.cross_entropy(logits, labels[real], reduction="sum")
 
 
@@ -325,9 +324,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of every row, in threads, as the tokenizer works outside of Python. Rows for which it raises
-    ValueError are left out, since in real data a few are always odd; one line says how many, why, and which
-    is the first. If most rows are left out, something else is wrong, and the data set is refused."""
+    """encode_row of every row, two at a time, as the tokenizer works outside of Python. Rows for which it
+    raises ValueError are left out, since in real data a few are always odd; one line says how many, why, and
+    which is the first. If most rows are left out, something else is wrong, and the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -337,7 +336,7 @@ def encode_rows(encode_row, rows, split):  # [shared]
         except ValueError as why:
             return None, str(why)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(2) as pool:
         results = tqdm(pool.map(attempt, rows), f"{split} rows", len(rows), disable=None, leave=False)
         for number, (example, why) in enumerate(results, 1):
             if why:
@@ -591,6 +590,7 @@ def save_checkpoint(args, logs, model, optimizer, progress, data_hash, run):  # 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads within a row only slow down those of encode_rows
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

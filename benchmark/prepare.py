@@ -7,7 +7,6 @@ The words are the shipped task's, and so are the models in runs/: python sft.py 
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -44,8 +43,7 @@ def write_rows(folder, count, lengths):
 def time_to_first_step(command, begins_with):
     """Seconds until the script prints the line before its first step, and peak memory in GiB until then."""
     start = time.time()
-    env = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith(begins_with):
             break

@@ -29,8 +29,7 @@ def run(*arguments):
 
 
 def test_every_file_is_reproduced_byte_for_byte(tmp_path):
-    """Catches a file edited by hand, a generator changed without its files, randomness that differs between
-    machines. Columns are those of the standard formats, and no text is blank."""
+    """No file is edited by hand, no generator changed without its files; columns are the standard ones."""
     done = run(DATA / "make_data.py", "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.jsonl")) == sorted(FILES)
@@ -68,8 +67,7 @@ def prompts(folder, split):
 
 
 def test_no_training_file_holds_a_held_out_prompt():
-    """Of any folder, and the held-out prompts are new combinations of topics and phrasings that training does
-    show. Catches a leak, which would make every reported win rate a memory test."""
+    """Held-out prompts are new combinations of topics and phrasings that training does show."""
     train = set.union(*(prompts(folder, "train") for folder in COLUMNS))
     test = set.union(*(prompts(folder, "test") for folder in COLUMNS))
     assert not train & test
@@ -79,8 +77,7 @@ def test_no_training_file_holds_a_held_out_prompt():
 
 
 def test_rotations_hold_out_other_prompts():
-    """The four quarters are all prompts, each once: who tunes on one does not look at another's. And the
-    shipped files are not replaced by those of a rotation."""
+    """The quarters are all prompts, each once; the shipped files are not replaced by those of another."""
     quarters = [set(make_data.split_prompts(rotation)["test"]) for rotation in range(4)]
     assert quarters[0] == prompts("prompts", "test")
     assert set.union(*quarters) == set(gold.TOPIC_OF_PROMPT) and sum(map(len, quarters)) == 480
@@ -158,8 +155,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("answer, items", ANSWERS)
 def test_judge_counts(answer, items):
-    """Catches steps credited out of order or twice, a reward for stuffing courtesies, language that is not of
-    this world going unpunished."""
+    """Also steps out of order or twice, stuffed courtesies, and language that is not of this world."""
     verdict = gold.judge(PROMPT, answer)
     assert {k: n for k, n in verdict.items() if n and k != "score"} == items
     assert verdict["score"] == sum(gold.WEIGHTS[k] * n for k, n in items.items())

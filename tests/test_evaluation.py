@@ -81,8 +81,7 @@ def test_eval_by_hand(trained):
 
 
 def test_samples_by_hand(trained):
-    """At the first, the last and every other update: four prompts with their responses, ends included, scores
-    with penalties and KL."""
+    """At the first, the last and every other update: four prompts, responses with ends, final scores, KL."""
     folder, args, seen = trained
     sampled = [(a, result) for name, a, result in seen if name == "sample"]
     rewarded = [a for name, a, _ in seen if name == "penalized_rewards"]
@@ -123,8 +122,7 @@ WRONG = {"mean": torch.mean, "shape [1]": lambda x: x[:1], "column": lambda x: x
 
 @pytest.mark.parametrize("form", [*FORMS, *WRONG])
 def test_a_rule_that_looks_at_the_row(form, monkeypatch, refused):
-    """Each response is judged by its own row, whatever holds the numbers; one number for a micro-batch is
-    refused, not spread over it."""
+    """Each response is judged by its own row; one number for all is refused, not spread over them."""
 
     def rule(reward_model, tokenizer, sequences, starts, lengths, rows):
         assert starts.tolist() == [row["length"] for row in rows]

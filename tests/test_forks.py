@@ -25,6 +25,7 @@ FLAGS = {
     "lora": dict(separate_critic=False),
     "ensemble": dict(reward_model_path=("reward_1", "reward_2"), ensemble_coef=0.5),
     "value_warmup": dict(value_warmup_updates=1),
+    "critic_from_policy": dict(critic_warmup_updates=1),
     "decoupled_gae": dict(lam=0.5),
     "dual_clip": dict(dual_clip=1.5),
     **dict.fromkeys(["rule_reward", "sentiment"], dict(reward_model_path="")),
@@ -32,13 +33,14 @@ FLAGS = {
     "ptx": dict(num_mini_batches=1, num_ppo_epochs=1, ptx_coef=1e4, ptx_dataset_name="data"),
     "no_value_clipping": dict(value_learning_rate=0.1),
 }
-CASES = [(name, {}) for name in [*PATCHES, "lora rloo", "lora grpo"]]  # the README applies two together
+CASES = [(name, {}) for name in [*PATCHES, "lora rloo", "lora grpo", "rule_reward critic_from_policy"]]
 CASES += [("ensemble", dict(ensemble_coef=float("inf")))]
 # Pairs that do not apply together. GRPO has no rewards of tokens, and its KL is in the loss; GRPO and RLOO
-# have no GAE; the reward would have two sources; the last three change the same line: combine them by hand.
+# have no GAE; the reward would have two sources; two warm-ups; the last three change the same line: combine
+# them by hand.
 CONFLICTS = """decoupled_gae grpo, decoupled_gae rloo, grpo process_reward, grpo rloo, grpo whiten_rewards,
-grpo kl_in_loss, ensemble rule_reward, rule_reward sentiment, kl_in_loss process_reward,
-kl_in_loss whiten_rewards, process_reward whiten_rewards"""
+grpo kl_in_loss, ensemble rule_reward, rule_reward sentiment, critic_from_policy value_warmup,
+kl_in_loss process_reward, kl_in_loss whiten_rewards, process_reward whiten_rewards"""
 # In place of vaderSentiment, which benchmarks alone need
 WORDS = SimpleNamespace(polarity_scores=lambda text: {"compound": sum(map(ord, text))})
 VADER = SimpleNamespace(SentimentIntensityAnalyzer=lambda: WORDS)
@@ -148,7 +150,7 @@ def test_patch(names, flags, inputs, tmp_path, monkeypatch):
     elif "decoupled_gae" in names:
         close(at.returns, rewards.flip(1).cumsum(1).flip(1) * mask)
         close(at.advantages, ppo_rlhf.whiten(gae, mask))
-    elif "value_warmup" in names:
+    elif {"value_warmup", "critic_from_policy"} & {*names}:
         assert not at.kl.any() and at.values.any()
     elif "clip_higher" in names:
         assert ((ratio > 1.2) & (advantages > 0)).any()
@@ -164,7 +166,7 @@ def test_patch(names, flags, inputs, tmp_path, monkeypatch):
         gains = so_far - F.pad(so_far, (1, -1))
         close(at.rewards, gains - at.beta * at.kl + (scores[:, None] - so_far[:, -1:]) * at_end)
     elif "rule_reward" in names:
-        right = [float(prompt.row["answer"] in text) for prompt, text in zip(at.prompts, texts)]
+        right = [float(text.endswith(prompt.row["answer"])) for prompt, text in zip(at.prompts, texts)]
         assert {*right} == {0.0, 1.0}
         close(raw, right)
     elif "sentiment" in names:
@@ -198,6 +200,9 @@ def test_patch(names, flags, inputs, tmp_path, monkeypatch):
         assert first.sampler_gap > 1e-3
     else:
         assert names == ["lora"], "a patch without a check"
+    if "critic_from_policy" in names and "rule_reward" in names:
+        assert type(at.critic) is type(at.policy.base_model)
+        assert not {*at.critic.parameters()} & {*at.policy.parameters()}
     if "lora" in names:
         close(first.ref_logprobs[mb], logprobs(0.7))
         assert first.kl.abs().max() < 1e-4 < at.kl.abs().max()

@@ -50,8 +50,7 @@ def margin(row):
 
 
 def test_new_pairs_stand_behind_the_old_ones(policy, tmp_path, monkeypatch):
-    """Numbers and columns, the old pairs as they are, no held-out prompt, the prompts of the new test pairs
-    not in the new train pairs; and the loader of stage 2 takes it all. With three answers to a prompt."""
+    """Old pairs as they are, no held-out prompt, none of the new test pairs in the new train pairs."""
     first = {split: {"prompt": PROMPTS[split][0], "chosen": "a", "rejected": "b"} for split in SPLITS}
     for split in SPLITS:
         write_jsonl(tmp_path / f"old/{split}.jsonl", [first[split] | {"who": "x"}] * 2)
@@ -78,8 +77,7 @@ def test_same_seed_same_files(policy, tmp_path, monkeypatch):
 
 
 def test_answers_are_the_policys_own(tmp_path):
-    """At almost no temperature an answer is what the model says most likely after the prompt in its chat
-    template, alone. Catches right padding, pads that are seen, prompts that get each other's answers."""
+    """Without noise an answer is the greedy one to its prompt alone, whatever the pads and other rows."""
     folder = make_policy(tmp_path, temperature=1e-4, pad_is_eos=True)  # then no pad is known by its id
     model, tokenizer = ppo_rlhf.load_pretrained(label.AutoModelForCausalLM, folder)
     prompts = sorted(PROMPTS["train"], key=len)[:: len(PROMPTS["train"]) // 7]

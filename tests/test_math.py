@@ -24,6 +24,7 @@ def test_worked_examples():
     mask, kl = torch.tensor([reward["mask"]]), torch.tensor([reward["kl"]])
     rewards = ppo.penalized_rewards(torch.tensor([1.0]), kl, mask, 0.5)
     assert rewards[0].tolist() == pytest.approx(reward["rewards"]) and mask.sum() == 4
+    rewards[0, 4] = 5.0  # on padding, where nothing is read
     advantages, returns = ppo.gae(rewards, torch.tensor([value["values"]]), mask, 1.0, 0.5)
     assert advantages[0].tolist() == pytest.approx(value["advantages"], abs=1e-6)
     assert returns[0].tolist() == pytest.approx(value["returns"], abs=1e-6)

@@ -9,21 +9,11 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 import transformers
-from conftest import (
-    EOS,
-    Adam,
-    listen_to,
-    plain_logits,
-    ppo_flags,
-    read_jsonl,
-    set_parameters,
-    tiny_model,
-    tiny_reward_model,
-    tiny_tokenizer,
-)
+from conftest import EOS, plain_logits, ppo_flags, read_jsonl, tiny_model, tiny_reward_model, tiny_tokenizer
 
 import ppo_rlhf as ppo
 
@@ -122,7 +112,7 @@ def trace_main(folder, patch, settings="gpt2", garbage=False, train=TRAIN, run=T
     patch.setattr(ppo, "micro_batches", micro_batches)
     patch.setattr(ppo, "rollout", rollout)
 
-    trace.steps = listen_to(patch, "Adam")
+    trace.steps = conftest.listen_to(patch, "Adam")
     if run:
         ppo.main(args)
     return trace, read_jsonl(folder / "ppo/metrics.jsonl") if run else None, args
@@ -254,15 +244,14 @@ def variance(xs):
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatch):
-    """Three updates of two epochs of two minibatches, in micro-batches that divide nothing: every score,
-    log-prob, value, reward, advantage, return, gradient and metric, with other ids than pad after the end in
-    one setting."""
+    """Every score, log-prob, value, reward, advantage, return, gradient, step and figure of three updates,
+    with other ids than pad after the end in one setting."""
     garbage = settings == "gpt2"
     trace, metrics, args = trace_main(tmp_path, monkeypatch, settings, garbage, total_episodes=24)
     oracle = Oracle(args)
     for ours, theirs in zip(trace.steps[0].before[:-2], oracle.parameters):
         assert torch.equal(ours.double(), theirs), "policy and critic start as SFT and reward model"
-    adam = Adam(trace.steps[0].before, eps=1e-5)
+    adam = conftest.Adam(trace.steps[0].before, eps=1e-5)
     peaks = torch.full([len(adam.x)], args.learning_rate)
     peaks[-2:] = args.value_learning_rate  # of the value head
     per_update = args.num_ppo_epochs * args.num_mini_batches
@@ -272,7 +261,7 @@ def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatc
         steps = trace.steps[u * per_update : (u + 1) * per_update]
 
         # Phases 1 to 3: what every token of every episode was worth
-        set_parameters(oracle.parameters, steps[0].before)
+        conftest.set_parameters(oracle.parameters, steps[0].before)
         episodes = oracle.episodes(*trace.rollouts[u])
         assert len({(e["n"], e["response"][-1] if e["ended"] else None) for e in episodes}) == len({*KINDS})
         (scores, kl, mask, beta), rewards = trace.calls["penalized_rewards"][u]
@@ -293,7 +282,7 @@ def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatc
         fraction = (1 / 3, 2 / 3, 1 / 3)[u]  # 2 updates of warm-up, linearly to 0 after the last
         stats = []
         for step, rows in zip(steps, trace.minibatches[u * per_update :]):
-            set_parameters(oracle.parameters, step.before)
+            conftest.set_parameters(oracle.parameters, step.before)
             gradients, stat = oracle.minibatch([episodes[i] for i in rows])
             stats.append(stat)
             for ours, theirs in zip(step.gradients, gradients, strict=True):
@@ -327,9 +316,8 @@ def test_main_equals_a_loop_over_single_sequences(settings, tmp_path, monkeypatc
 def test_steps_minibatches_and_prompts_are_permutations(
     epochs, minibatches, generations, tmp_path, monkeypatch
 ):
-    """Optimizer steps are epochs times minibatches; an epoch sees every episode once, in another order each
-    time; prompts come in permutations of the whole set, also where an update crosses its end (5 prompts, 8
-    episodes), each --num_generations times in a row."""
+    """An epoch sees every episode once, in another order each time; prompts come in permutations of the whole
+    set, also where an update crosses its end, each --num_generations times in a row."""
     flags = dict(total_episodes=24, num_ppo_epochs=epochs, num_mini_batches=minibatches)
     flags |= dict(num_generations=generations, train=TRAIN[:5])
     trace, metrics, _ = trace_main(tmp_path, monkeypatch, **flags)
@@ -367,8 +355,7 @@ def test_prompts_and_noise_depend_on_the_seed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("which, message", [("reference", "KL is not 0"), ("update", "ratio is not 1")])
 def test_what_must_be_0_is_checked(which, message, tmp_path, monkeypatch):
-    """A reference that is another model than the policy before the first step, or new log-probs that differ
-    from the old ones: almost every bug of RLHF shows there."""
+    """A reference that is another model than the policy, or new log-probs that differ from the old ones."""
     _, _, args = trace_main(tmp_path, monkeypatch, run=False)
     real, calls = ppo.forward, []
 

@@ -9,16 +9,7 @@ import conftest
 import pytest
 import torch
 import tyro
-from conftest import (
-    make_inputs,
-    read_jsonl,
-    run_stage,
-    save,
-    tiny_model,
-    tiny_reward_model,
-    tiny_tokenizer,
-    write_jsonl,
-)
+from conftest import make_inputs, read_jsonl, run_stage, save, tiny_model, tiny_tokenizer, write_jsonl
 
 import ppo_rlhf
 import reward_model
@@ -67,8 +58,7 @@ def wrong(name, default):
 
 @pytest.mark.parametrize("stage", EVERY)
 def test_numbers(stage, tmp_path, monkeypatch, refused):
-    """With which a run would train nothing, or the wrong way, or stop halfway: refused before all else. A 0
-    that means something is not."""
+    """Those that would train nothing, or the wrong way, are refused before all else; others are not."""
     monkeypatch.chdir(tmp_path)
     defaults = vars(STAGES[stage].Args()).items()
     numbers = [(name, x) for name, x in defaults if type(x) in (int, float) and name not in SIGNED]
@@ -177,7 +167,7 @@ CASES = {
     "a template that ends otherwise": (PPO, template("eos_token", "'.'"), {}, "template"),
     "a weight missing": (RM, edit("base/config.json", n_layer=3), {}, "h.2."),
     "a weight left over": (EVERY, edit("base/config.json", n_layer=1), {}, "h.1."),
-    "a classifier as model": (EVERY, model(lambda: tiny_reward_model("gpt2")), {}, "score.weight"),
+    "a classifier as model": (EVERY, model(lambda: conftest.tiny_reward_model("gpt2")), {}, "score.weight"),
     "a language model as reward": (PPO, model(lambda: tiny_model("gpt2"), "rm"), {}, "score.weight"),
     "two labels": (PPO, judge(num_labels=2), {}, "one label"),
     "a changed flag": (EVERY, nothing, {"seed": 5, **RESUME}, "--seed 5"),
@@ -215,15 +205,16 @@ def test_ids_that_the_reward_model_has_no_embedding_for(tmp_path, refused):
     """Neither an IndexError of the critic, which has the same embeddings, nor a device assert."""
     policy = tiny_model("gpt2")
     policy.resize_token_embeddings(400)
-    flags = conftest.ppo_flags(tmp_path, policy, tiny_reward_model("gpt2"), tiny_tokenizer(), ["a", "bcd"])
+    flags = conftest.ppo_flags(
+        tmp_path, policy, conftest.tiny_reward_model("gpt2"), tiny_tokenizer(), ["a", "bcd"]
+    )
     with refused("no embedding"):
         ppo_rlhf.main(ppo_rlhf.Args(**flags, total_episodes=8, batch_size=8, max_new_tokens=8))
 
 
 @pytest.mark.parametrize("stage", EVERY)
 def test_a_loss_that_is_not_finite(stage, world, monkeypatch, refused):
-    """Nothing is stepped, the last checkpoint and the figures until then stand, and --resume continues from
-    there."""
+    """Nothing is stepped, the last checkpoint and all figures stand, and --resume continues from there."""
     other = {"save_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4}
     other |= {"total_episodes": 20} if stage == "ppo_rlhf" else {"max_steps": 5}
     clip, calls = torch.nn.utils.clip_grad_norm_, []

@@ -80,9 +80,8 @@ def stopped(stage, world, out, calls, **other):
 
 @every_stage
 def test_resumed_between_checkpoints(stage, world, whole, tmp_path):
-    """Ended after figures that no checkpoint holds: they do not stand twice, and moments of Adam, dropout,
-    the order of the data, beta and the scale of scores go on. Without a checkpoint, --resume starts at the
-    start."""
+    """Ended after figures that no checkpoint holds, or before the first: figures do not stand twice; moments
+    of Adam, dropout, the order of the data, beta and the scale of scores continue."""
     stopped(stage, world, tmp_path / "out", 1, resume=True)
     assert not (tmp_path / "out/checkpoint/state.pt").exists()
     stopped(stage, world, tmp_path / "out", 3, resume=True)
@@ -116,8 +115,7 @@ def test_overwrite_leaves_nothing_old(stage, world, whole, tmp_path):
 
 
 def test_checkpoints_are_written_atomically(world, tmp_path, monkeypatch):
-    """Half a file in place of the third checkpoint leaves the second as it was; the next one is written
-    beside."""
+    """Half a file in place of the third checkpoint leaves the second as it was."""
     real, files = torch.save, []
 
     def torch_save(state, path):

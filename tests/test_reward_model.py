@@ -46,9 +46,8 @@ def score(model, side):
 
 @pytest.mark.parametrize("family, lm, center", [("gpt2", 0.7, 0.2), ("phi", 0.7, 0.2), ("gpt2", 0.0, 0.0)])
 def test_training_is_the_oracles(family, lm, center, monkeypatch, capsys):
-    """Bradley-Terry, mean over the step's pairs; the chosen side's tokens through the SFT model's output
-    layer, which stays as it was, mean over the tokens; the squared sum of both scores. Held-out figures by
-    hand."""
+    """Bradley-Terry, mean over pairs; the language-model loss of the chosen side, mean over tokens, through
+    the SFT model's output layer; the squared sum of both scores. Held-out figures by hand."""
     make_base(family)
     write_data([*DROPPED, *ROWS[1:], LONGEST], [*HELD_OUT, *DROPPED])
     flags = FLAGS | {"lm_coef": lm, "center_coef": center, "gradient_checkpointing": lm == 0}
@@ -109,8 +108,7 @@ def by_hand(margins):
 
 
 def test_held_out_figures_by_hand(monkeypatch):
-    """Margins from sure to undecided, right and wrong in one bin, a tie, confidence 1 in the last bin; the
-    last batch is partial."""
+    """Margins right and wrong in one bin, a tie, confidence 1 in the last bin; the last batch is partial."""
     margins = "0.05 -0.1 0.3 0.35 -0.33 1.0 -1.1 1.05 2.0 -2.1 2.2 4.0 -30.0 0.0 -0.31 0.9 -3.0"
     margins = [float(margin) for margin in margins.split()]
     pairs = [([i], []) for i in range(len(margins))]
@@ -151,8 +149,7 @@ def test_stock_classes_read_the_same_score(pad, saved):
 
 
 def test_the_new_head_and_the_defaults(monkeypatch):
-    """The head starts with std 1/sqrt(d+1), whatever the config's, by the seed; 8e-4 and 2 epochs below 10M
-    parameters, else 1e-5 and 1."""
+    """Of std 1/sqrt(d+1), by the seed; 8e-4 and 2 epochs below 10M parameters, else 1e-5 and 1."""
     config = tiny_config("gpt2")
     config.n_embd, config.n_layer = 256, 1
     save(AutoModelForCausalLM.from_config(config), BYTES, "base")

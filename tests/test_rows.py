@@ -306,8 +306,7 @@ def test_the_count_of_rows(capsys, refused):
 
 
 def test_rows_as_they_stand(tmp_path):
-    """Dates, nulls, numbers and separators as in the file; no other file beside it; columns that one row
-    alone has; names that the scripts use themselves."""
+    """Dates, nulls and separators as in the file; no other file; columns of one row alone; any name."""
     rows = [{"prompt": "2020-01-01", "answer": None, "tools": [{"default": None}], "where": 1.0, "ids": [2]}]
     rows += [{"prompt": "2020-01-02T10:20:30+02:00", "answer": "1", "row": "x"}, {"prompt": "a\u2028b"}]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -318,8 +317,7 @@ def test_rows_as_they_stand(tmp_path):
 
 
 def test_keys_that_arrow_adds(tmp_path):
-    """In tables all messages and tools have the keys of all others, with None, which a template would list:
-    not in what is read. A column that is null stays for a rule."""
+    """In tables all messages have the keys of all others, with None, which a template would list."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]}
     tools = [{"function": {"name": name, "parameters": {name: {"type": "string"}}}} for name in ("a", "b")]
     rows = [{"messages": [USER, ANSWER], "tools": tools[:1], "answer": 0}]

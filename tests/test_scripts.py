@@ -103,9 +103,8 @@ def test_three_commands(tmp_path):
         assert all(math.isfinite(value) for row in metrics for value in row.values())
         assert [row.get("step", row.get("update")) for row in metrics] == [*range(1, steps + 1)]
     evaluated = read_jsonl(tmp_path / "runs/ppo/eval.jsonl")
-    write_jsonl(
-        tmp_path / "runs/ppo/known.jsonl", evaluated[1:]
-    )  # the judge knows this world's prompts alone
+    # The judge knows this world's prompts alone
+    write_jsonl(tmp_path / "runs/ppo/known.jsonl", evaluated[1:])
     assert "win rate" in python(tmp_path, REPOSITORY / "data/judge.py", "runs/ppo/known.jsonl")
 
 

@@ -2,21 +2,11 @@
 
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    EOS,
-    REPOSITORY,
-    Adam,
-    listen_to,
-    read_jsonl,
-    save,
-    set_parameters,
-    tiny_model,
-    tiny_tokenizer,
-    write_jsonl,
-)
+from conftest import EOS, REPOSITORY, read_jsonl, save, tiny_model, tiny_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import sft
@@ -42,8 +32,7 @@ def write_data(train, test):
 
 
 def record(stage, loss_name, monkeypatch, **flags):
-    """main() -> what each optimizer step had: learning rate, examples, gradients, parameters; the modes of
-    the model."""
+    """main() -> what each optimizer step had, its examples too, and the modes of the model."""
     micro_batches, modes = [], []
     real_loss, real_states = getattr(stage, loss_name), stage.hidden_states
 
@@ -57,7 +46,7 @@ def record(stage, loss_name, monkeypatch, **flags):
         return real_states(model, ids)
 
     with monkeypatch.context() as patch:
-        steps = listen_to(patch, "AdamW")
+        steps = conftest.listen_to(patch, "AdamW")
         patch.setattr(stage, loss_name, loss)
         patch.setattr(stage, "hidden_states", hidden_states)
         stage.main(stage.Args(**NAMES | flags))
@@ -69,10 +58,10 @@ def record(stage, loss_name, monkeypatch, **flags):
 def check_run(steps, modes, model, oracle_loss, metrics, examples, length, flags):
     """Gradients are the oracle's, clipped; parameters after a step are those of AdamW with that gradient."""
     clip = flags["max_grad_norm"] or float("inf")
-    adam = Adam(steps[0].before, 1e-8, flags["weight_decay"])
+    adam = conftest.Adam(steps[0].before, 1e-8, flags["weight_decay"])
     clipped = 0
     for step, row, fraction in zip(steps, metrics, SCHEDULE, strict=True):
-        set_parameters(model.parameters(), step.before)
+        conftest.set_parameters(model.parameters(), step.before)
         model.zero_grad()
         oracle_loss(sum(step.micro_batches, []), row).backward()
         wanted = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -123,9 +112,8 @@ def make_base(family, bf16=False):
 
 @pytest.mark.parametrize("family, odd", [("gpt2", False), ("llama", True)])
 def test_training_is_the_oracles(family, odd, monkeypatch):
-    """Six steps of two micro-batches over two epochs: order, gradients of the mean over the step's completion
-    tokens, learning rates, AdamW with decay and clipping, figures. One example is as long as --max_length.
-    The odd one is in bf16 on disk, recomputes activations and does not clip."""
+    """Six steps of two micro-batches over two epochs; one example is as long as --max_length. The odd one is
+    in bf16 on disk, recomputes activations and does not clip."""
     make_base(family, bf16=odd)
     long, fits = ({"prompt": "x", "completion": "y" * n} for n in (32, 31))  # with template and EOS 41, 40
     rows = [*ROWS[:-1], fits, long]
@@ -146,7 +134,7 @@ def test_training_is_the_oracles(family, odd, monkeypatch):
     for n in range(1, 7):
         assert ("eval/loss" in metrics[n - 1]) == (n in (4, 6))
         if n in (4, 6):
-            set_parameters(model.parameters(), steps[n - 1].after)
+            conftest.set_parameters(model.parameters(), steps[n - 1].after)
             held_out = torch.cat([token_losses(model, example(row)) for row in ROWS[::-2][:5]])
             assert metrics[n - 1]["eval/loss"] == pytest.approx(held_out.mean().item(), rel=1e-5)
     saved = AutoModelForCausalLM.from_pretrained("out")
@@ -158,8 +146,7 @@ def test_training_is_the_oracles(family, odd, monkeypatch):
 
 
 def test_order_of_the_data():
-    """Of more rows than one pool: every row once an epoch, in batches of similar length that come in any
-    order."""
+    """Of more rows than one pool: every row once an epoch, batches of similar length in any order."""
     lengths = [(17 * i) % 101 + 1 for i in range(203)]
     rows = [batch.tolist() for batch in sft.shuffled_batches(lengths, 4, 2 * 51 - 1, 5)]
     assert [len(batch) for batch in rows[:51]].count(4) == 50 and sorted(sum(rows[:51], [])) == [*range(203)]
