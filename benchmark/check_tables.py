@@ -62,6 +62,10 @@ def of(key):
     return lambda row: row.get(key)
 
 
+def percent(key):
+    return lambda row: 100 * row[key]
+
+
 def paths_of(rows):
     """The rows of each run."""
     found = {}
@@ -138,6 +142,14 @@ FORKS = {
     "dual_clip": "dual clip",
     "kl_in_loss, k3": "KL in the loss, k3",
     "process_reward": "process reward",
+}
+VERIFIABLE = {
+    "PPO, values on the policy": "PPO",
+    "no values: --vf_coef 0": "PPO, no values",
+    "critic_from_policy": "PPO, own critic",
+    "the same, critic alone for 12 updates": "PPO, own critic learns first",
+    "rloo, 8 to a prompt": "RLOO",
+    "grpo, 8 to a prompt": "GRPO",
 }
 CHANGES = {
     "splice of two sentences": "splice",
@@ -277,11 +289,13 @@ TABLES = [
     ),
     Table(
         HERE,
-        "A reward of your own",
-        ("rollout of update", "1"),
-        lambda: transposed(read("sentiment_curve", label=of("update")), "update", ("kl", "sentiment")),
-        {str(i): str(i) for i in range(1, 17)},
-        {"KL": "kl"},
+        "A reward that can be checked",
+        ("", "likeliest"),
+        lambda: read("verifiable", label=of("method")),
+        {"likeliest": percent("greedy"), "one sample": percent("pass@1"), "any of 8": percent("pass@8")}
+        | {"KL": "kl", "episodes to 90% in the rollout": "episodes_to_90", "s": "seconds"}
+        | {"explained": lambda row: max(row["explained_variance"]) if "curve" in row else None},
+        VERIFIABLE,
     ),
 ]
 
