@@ -215,12 +215,12 @@ def main(args):
             # Next-token prediction on prompt and response of the chosen side keeps what the backbone knows of
             # language, through the SFT model's own output layer.
             if args.lm_coef > 0:
-                rows = [
-                    row[: len(side) - 1] for row, (side, _) in zip(hidden, micro_batch)
-                ]  # chosen come first
-                targets = [token for side, _ in micro_batch for token in side[1:]]
-                logits = lm_head(torch.cat(rows))  # [N, V]
-                lm_loss = F.cross_entropy(logits, torch.tensor(targets, device=device), reduction="sum")
+                labels = [torch.tensor(chosen_ids[1:]) for chosen_ids, _ in micro_batch]
+                labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)  # [b, l]
+                real = labels >= 0  # [b, l]
+                chosen_hidden = hidden[: len(labels), : labels.shape[1]]  # [b, l, d]: these come first
+                logits = lm_head(chosen_hidden[real])  # [N, V] of N real tokens
+                lm_loss = F.cross_entropy(logits, labels[real], reduction="sum")
                 total = total + args.lm_coef * lm_loss / num_tokens
             total.backward()
             step_loss += loss.detach()
