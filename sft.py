@@ -112,7 +112,7 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
 TURNS = """{% for m in messages %}
 {%- if m.role == 'user' %}{{ before + m.content + after }}
 {%- elif m.role == 'assistant' %}{{ ' ' if m.content[:1] not in ' \\n' }}{{ m.content + eos_token }}
-{%- else %}{{ raise_exception('a --prompt_template has no place for role ' + m.role) }}
+{%- else %}{{ raise_exception('this chat template has no place for role ' + m.role) }}
 {%- endif %}{% endfor %}"""
 
 
