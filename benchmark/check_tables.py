@@ -28,7 +28,7 @@ FORMS = {  # what a cell can be
     "spread": rf"{NUMBER} \({NUMBER} to {NUMBER}\)",
     "range": rf"{NUMBER} to {NUMBER}",
     "difference": rf"{NUMBER} \[{NUMBER}, {NUMBER}\]",
-    "mean, difference": rf"{NUMBER}, {NUMBER} \[{NUMBER}, {NUMBER}\]",
+    "mean, difference": rf"{NUMBER}(?: \(\d\))?, {NUMBER} \[{NUMBER}, {NUMBER}\]",
     "values": rf"{NUMBER}, {NUMBER}",
 }
 
@@ -80,6 +80,22 @@ def ends_of(rows):
     for path in paths_of(rows):
         ways = {f"at {x}": methods.at(path, "episodes", x) for x in (768, 1536, 2304, 3072)}
         found.append({**path[-1], **ways, "total": methods.total(path[-1])})
+    return found
+
+
+def default_beta(row):
+    """Its method, if it has the default KL coefficient, DPO's of 0.2, or none."""
+    return row["method"] if row.get("beta") in (None, {"TRL DPO": 0.2}.get(row["method"], 0.1)) else None
+
+
+def at_equal_kl():
+    """Gold scores of each method and seed between its finished runs, at equal KL."""
+    runs = methods.grouped(read("frontiers", label=of("method")))
+    found = []
+    for name, seeds in methods.frontiers(runs).items():
+        for seed, ends in seeds.items():
+            levels = {f"{level} nats": methods.at(ends, "kl", level) for level in methods.LEVELS}
+            found.append({"label": name, "seed": seed, "file": "frontiers", **levels})
     return found
 
 
@@ -146,8 +162,7 @@ FORKS = {
 VERIFIABLE = {
     "PPO, values on the policy": "PPO",
     "no values: --vf_coef 0": "PPO, no values",
-    "critic_from_policy": "PPO, own critic",
-    "the same, critic alone for 12 updates": "PPO, own critic learns first",
+    "critic_from_policy, critic alone for 12 updates": "PPO, own critic learns first",
     "rloo, 8 to a prompt": "RLOO",
     "grpo, 8 to a prompt": "GRPO",
 }
@@ -210,10 +225,18 @@ TABLES = [
     ),
     Table(
         HERE,
-        "PPO, or something else?",
-        ("", "768"),
-        lambda: ends_of(read(*BOTH, label=of("method"))),
-        {"768": "at 768", "1,536": "at 1536", "2,304": "at 2304"},
+        "The same on a second world",
+        ("", "gold score"),
+        lambda: ends_of(read("frontiers", label=default_beta)),
+        FIGURES | {"held-out topics": "gold_held_out", "garbled": "garbled", "s, in all": "total"},
+        METHODS,
+    ),
+    Table(
+        HERE,
+        "The same on a second world",
+        ("", "2 nats"),
+        at_equal_kl,
+        {f"{level} nats": f"{level} nats" for level in (2, 3, 4)},
         METHODS,
     ),
     Table(
@@ -233,7 +256,7 @@ TABLES = [
         FORKS,
     ),
     Table(
-        HERE,
+        "benchmark/DEFAULTS.md",
         "Long responses",
         ("variant", "RM score - beta KL"),
         lambda: read("long_responses", label=of("variant")),

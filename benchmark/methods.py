@@ -340,18 +340,24 @@ def print_frontiers(runs):
 
 
 def draw(runs, path):
-    """Where runs end: a line a method through its KL coefficients, means over seeds with 95% intervals."""
+    """Where runs end: a line a method through its KL coefficients, means over seeds with their ranges."""
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
-    points = {}  # method: (KL, gold score, half the widths of their intervals)
+    points = {}  # method: (KL, gold score) of each seed, for each KL coefficient
     for (name, _), seeds in runs.items():
-        columns = [[path[-1][key] for path in seeds.values()] for key in ("kl", "gold")]
-        point = (*map(mean, columns), *map(common.half_width, columns))
-        points.setdefault(family(name), []).append(point)
+        ends = [(path[-1]["kl"], path[-1]["gold"]) for path in seeds.values()]
+        points.setdefault(family(name), []).append(ends)
     for i, (name, own) in enumerate(points.items()):
-        x, y, wide, high = zip(*sorted(own))
+        own = torch.tensor(
+            sorted(own, key=lambda ends: mean(kl for kl, _ in ends))
+        )  # [coefficients, seeds, 2]
+        middle = own.mean(1)  # [coefficients, 2]
+        ranges = torch.stack([middle - own.amin(1), own.amax(1) - middle]).clamp(
+            min=0
+        )  # [2, coefficients, 2]
         style = {"linestyle": "--" if name.startswith("TRL") else "-", "marker": "os^vDPX<>*"[i % 10]}
-        axis.errorbar(x, y, high, wide, label=name, color=f"C{i % 10}", capsize=2, elinewidth=0.8, **style)
+        style |= {"color": f"C{i % 10}", "capsize": 2, "elinewidth": 0.8, "label": name}
+        axis.errorbar(middle[:, 0], middle[:, 1], ranges[..., 1], ranges[..., 0], **style)
     axis.set_xlabel("KL (nats a response)")
     axis.set_ylabel(f"gold score (at most {common.gold_judge.BEST:g})")
     axis.grid(alpha=0.25, linewidth=0.6)
