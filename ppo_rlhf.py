@@ -79,11 +79,11 @@ class Args:
     rollout_batch_size: int = 128  # episodes sampled at a time; fewer need less memory for keys and values
     max_new_tokens: int = 64  # longest response in tokens; good ones of the shipped task take about 50
     temperature: float = 0.7  # of the sampler and of every log-prob (Ziegler et al. 2019)
-    cuda_graph: bool = True  # on CUDA, record a decode step and replay it; off if it cannot be recorded
+    cuda_graph: bool = True  # on CUDA, record a decode step and replay it; --no-cuda_graph if it cannot be
     # ---- rewards and advantages ----
     beta: float = 0.1  # KL penalty coefficient; 0 invites reward hacking, 0.02 to 0.2 is usual
-    missing_eos_penalty: float = 1.0  # off the normalized score of a response cut off at max_new_tokens
-    length_penalty: float = 0.0  # off the normalized score, per response token
+    missing_eos_penalty: float = 1.0  # subtracted from the normalized score of a response that is cut off
+    length_penalty: float = 0.0  # subtracted from the normalized score, per response token
     adaptive_kl_target: float = 0.0  # if positive, beta adapts to keep the KL near it, in nats per response
     gamma: float = 1.0  # discount per token; 1, as a response is judged as a whole
     lam: float = 1.0  # GAE's lambda: 0 trusts the values, 1 the rewards; 0.95 is usual, but learned less here
@@ -93,17 +93,17 @@ class Args:
     warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
     num_mini_batches: int = 8  # optimizer steps per pass
-    per_device_train_batch_size: int = 16  # episodes per forward pass; same gradient up to rounding
+    per_device_train_batch_size: int = 16  # a micro-batch: episodes per forward pass; same gradient
     cliprange: float = 0.2  # the ratio of new to old probability is clipped to 1 +- cliprange
-    cliprange_value: float = 0.2  # a value that moved farther towards its return gets no more gradient
-    vf_coef: float = 0.1  # weight of the value loss; with a critic it acts in gradient clipping alone
+    cliprange_value: float = 0.2  # a value that moved more than this towards its return gets no gradient
+    vf_coef: float = 0.1  # of the value loss; with a critic felt in gradient clipping: Adam cancels factors
     separate_critic: bool = True  # values from a copy of the reward model; else a value head on the policy
     entropy_coef: float = 0.0  # weight of an entropy bonus, against mode collapse
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     seed: int = 1  # of prompt order, sampler and minibatches
     # ---- logging and checkpoints ----
-    eval_steps: int = 10  # updates between logged sample responses
+    eval_steps: int = 10  # updates between logged samples; held-out prompts are sampled at the end
     save_steps: int = 10  # updates between checkpoints
     track: bool = False  # log to Weights & Biases
     resume: bool = False  # resume from the checkpoint in output_dir
@@ -131,8 +131,8 @@ def penalized_rewards(scores, kl, mask, beta):
     """Reward of each token: -beta * KL, plus the score on the last real one: [B], [B, T], [B, T] -> [B, T].
     kl is log pi - log pi_ref of the sampled token, 0 on padding: a one-sample estimate of the KL divergence,
     so a single one may be negative. It is a constant of the rollout, like the score: no gradient flows
-    through it. With gamma 1 the first token's return is score - beta * (sum of kl). One slot later, the score
-    would land on padding and teach nothing. Example, a response of four tokens with score 1 and beta 0.5:
+    through it. The rewards of a response add up to score - beta * (sum of kl). One slot later, the
+    score would land on padding and teach nothing. Example, four tokens with score 1 and beta 0.5:
 
         mask        1     1     1     1     0
         kl          0.2   0.4   0.0   0.2   0.0
@@ -223,8 +223,8 @@ def micro_batches(batch, rows, size):
 
 def hidden_states(model, ids):  # [shared]
     """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
-    right, so no real token sees it. The backbone computes in bf16 on CUDA; weights stay fp32, where small
-    updates do not round to nothing, and so do logits and losses."""
+    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights, logits and losses
+    stay fp32: in bf16 small updates of weights would round to nothing."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -247,16 +247,16 @@ def forward(model, ids, starts, labels, temperature, entropy_coef=0.0, critic=No
     logits = model.get_output_embeddings()(hidden) / temperature  # [b, t, V]
     all_logprobs = logits.log_softmax(-1)  # [b, t, V]
     # Without a bonus the entropy is only logged: no gradient, less memory
-    logprobs = all_logprobs if entropy_coef else all_logprobs.detach()  # [b, t, V]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)  # [b, t]
+    entropy_terms = all_logprobs if entropy_coef else all_logprobs.detach()  # [b, t, V]
+    entropy = -(entropy_terms.exp() * entropy_terms).sum(-1)  # [b, t]
     if critic is not None:
         value_states = response_states(critic, ids, starts, t)  # [b, t, d]
     return all_logprobs.gather(-1, labels[..., None]).squeeze(-1), entropy, value_states
 
 
 def reward_fn(reward_model, tokenizer, sequences, starts, lengths, rows):
-    """YOUR REWARD GOES HERE: one number per response -> [b], on any scale, as the first rollout's mean and
-    standard deviation normalize it.
+    """YOUR REWARD GOES HERE: one number per response -> [b], on any scale: it is normalized by the first
+    rollout's mean and standard deviation.
     sequences [b, L]: prompt and response, right-padded; starts, lengths [b]: where the response starts and
     ends; rows: the data rows, for a rule that compares with a column. A rule, with --reward_model_path "":
 
@@ -312,7 +312,7 @@ def main(args):
     if args.reward_model_path:
         reward_model = load_reward_model(args.reward_model_path, tokenizer).to(device)
         check_context(reward_model.config, max(map(len, prompt_ids)) + T)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA is enough for the output layer, in fp32
+    torch.set_float32_matmul_precision("high")  # on CUDA, the fp32 output layer in TF32
 
     # ---- what is trained, and the frozen reference ----
     trained = torch.nn.ModuleDict({"policy": policy})
@@ -329,16 +329,17 @@ def main(args):
     torch.nn.init.zeros_(value_head.bias)
     learning_rate = args.learning_rate or (1.5e-4 if policy.num_parameters() < 10e6 else 3e-6)
     groups = [
-        {"params": list(trained.parameters()), "peak": learning_rate},  # a list, before value_head joins
+        # A list, as a generator would find value_head too, which joins below
+        {"params": list(trained.parameters()), "peak": learning_rate},
         {"params": value_head.parameters(), "peak": args.value_learning_rate},
     ]
     trained["value_head"] = value_head
     trained.to(device).eval()  # for good: dropout would change log-probs between rollout and update
     if args.gradient_checkpointing:
         enable_checkpointing(trained)
-    # Copied before a checkpoint is loaded, so always the SFT model; a fork that moves it has to save it
+    # Copied before a checkpoint is loaded, so always the SFT model; a fork that updates it has to save it
     reference = copy.deepcopy(policy).requires_grad_(False)
-    # eps as in lm-human-preferences (utils/core.py:627); TensorFlow's Adam gives it more weight early on
+    # eps as in lm-human-preferences (utils/core.py:627)
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     last_update = 0
     beta = args.beta
@@ -353,8 +354,8 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)
     passes = range(0, args.total_episodes, len(train))  # each a new permutation of the prompts
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in passes])
-    # Mean differences put down to rounding, in nats per token: bf16 on CUDA, fp32 on a CPU, where a fork that
-    # samples in bf16, or with another engine, needs CUDA's.
+    # The largest mean differences that rounding explains, in nats per token: in bf16 on CUDA, in fp32 on a
+    # CPU (a fork that samples there in bf16, or with another engine, needs 0.1 too).
     tolerance = (0.1 if device == "cuda" else 1e-4) / temperature
     print(f"PPO on {device}: {policy.num_parameters():,} parameters, learning rate {learning_rate}")
     for update in tqdm(range(last_update + 1, num_updates + 1), "PPO", disable=None):
@@ -389,7 +390,7 @@ def main(args):
         sampler_gap = masked_mean((batch.logprobs - old_logprobs).abs(), mask)
         eos_rate = batch.ended.float().mean()
         if update == 1:  # checks, while policy and reference are still the same model
-            # Not 0 if dropout is on or the weights differ. A wrong position cancels, and shows next.
+            # Not 0 if dropout is on or the weights differ. A wrong position, wrong in both, shows next.
             assert masked_mean(kl.abs(), mask) < tolerance, "KL is not 0 at the start"
             # Not 0 if `forward` reads wrong positions, or the sampler's cache or window ignores the mask
             if not sampler_gap < tolerance:
@@ -436,7 +437,7 @@ def main(args):
                 clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)  # [b, t]
                 pg_loss = torch.max(-advantages[mb] * ratio, -advantages[mb] * clipped_ratio)  # [b, t]
                 # Value loss, clipped around the rollout's values (lm-human-preferences, train_policy.py:344).
-                # Not values + change.clamp(): its rounding would count as clipped in val/clipfrac.
+                # Not values + (new_values - values).clamp(): its rounding would count in val/clipfrac_avg.
                 low = values[mb] - args.cliprange_value  # [b, t]
                 high = values[mb] + args.cliprange_value  # [b, t]
                 clipped_values = new_values.clamp(low, high)  # [b, t]
@@ -457,10 +458,10 @@ def main(args):
                 }
                 for name, term in terms.items():  # summed over micro-batches: the mean over real tokens
                     stats[name].append((term.detach() * mask[mb]).sum() / num_tokens)
-                if not stats["policy/grad_norm"]:  # before the first step: still the policy that sampled
+                if not stats["policy/grad_norm"]:  # no step yet: still the policy that sampled
                     gap = masked_mean(log_ratio.abs(), mask[mb])
                     assert gap < tolerance, f"ratio is not 1 on the first minibatch: mean |log ratio| {gap}"
-            # One norm over policy, critic and value head: a spike in the value loss shrinks all steps
+            # One norm over policy, critic and value head: a spike of one loss shrinks the steps of all
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.max_grad_norm or torch.inf)
             if not grad_norm.isfinite():
                 fail(f"update {update}: gradient not finite: check the rewards, or lower --learning_rate")
@@ -469,7 +470,7 @@ def main(args):
             optimizer.zero_grad()
         clock.append(time.time())
 
-        # ======== Phase 5, logging: means over real tokens, or over episodes of their tokens' sums ========
+        # ======== Phase 5, logging: means over real tokens (_avg), or over episodes ========
         num_steps = len(stats["policy/grad_norm"])
         episode_kl = kl.sum(1)  # [B] nats per response
         mean_kl = episode_kl.mean()
@@ -477,12 +478,12 @@ def main(args):
         metrics = {
             "update": update,
             "episode": update * B,
-            "objective/scores": scores.mean(),
+            "objective/scores": scores.mean(),  # normalized, with penalties; those in eval.jsonl are without
             "objective/kl": mean_kl,
-            "objective/entropy": -(old_logprobs * mask).sum(1).mean(),
+            "objective/entropy": -(old_logprobs * mask).sum(1).mean(),  # nats per response
             "objective/non_score_reward": -beta * mean_kl,
             "objective/rlhf_reward": (scores - beta * episode_kl).mean(),
-            **{name: sum(parts) / num_steps for name, parts in stats.items()},  # parts: / num_tokens already
+            **{name: sum(parts) / num_steps for name, parts in stats.items()},  # mean over the steps
             "val/explained_variance": 1 - masked_var(returns - values, mask) / returns_var,
             "val/sampler_logprob_gap": sampler_gap,
             "val/eos_rate": eos_rate,
@@ -540,7 +541,7 @@ def main(args):
     scale = torch.tensor([score_mean, score_std])  # of scores and values; the critic is in checkpoint/
     save_file({**value_head.state_dict(), "score_scale": scale}, output_dir / "value_head.safetensors")
     results = [{"prompt": prompt.shown} for prompt in test]
-    # Scores here are normalized, without penalties. "sft" is the reference: a fork that moves it needs a copy
+    # Scores are normalized, without penalties. "sft" is the reference: a fork that updates it needs a copy
     for name, model in (("sft", reference), ("ppo", policy)):
         torch.manual_seed(args.seed)  # the same random numbers for both
         for start in range(0, len(test), B):
@@ -601,6 +602,7 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id,
         position.add_(1)
         sample_next(output.last_hidden_state[:, -1])
 
+    # Older versions of transformers call `cache` past_key_values.
     # Recurrent layers, as in Qwen3.5, read the last P entries of a mask, so they need the prompts' own
     prefill_mask = prompt_mask if model._is_stateful else attention_mask
     output = model.base_model(prompts, attention_mask=prefill_mask, position_ids=positions, cache=cache)
@@ -667,13 +669,14 @@ def check_flags(args):
         fail("--batch_size must be a multiple of --num_mini_batches and of --num_generations")
     if args.total_episodes % args.batch_size:
         fail("--total_episodes must be a multiple of --batch_size")
-    if not args.reward_model_path and "num_embeddings" in reward_fn.__code__.co_names:  # not edited yet
+    if not args.reward_model_path and "num_embeddings" in reward_fn.__code__.co_names:  # still as shipped
         fail("--reward_model_path is empty, so the score is a rule of yours: write it into reward_fn")
 
 
 def check_numbers(args):  # [shared]
     """Refuse numbers that would train nothing, or train wrongly, without an error. Counts must be at least 1,
-    unless their default is 0, which stands for "none" or "choose"; all else must be at least 0."""
+    unless their default is 0, which stands for "none" or "choose"; all else must be at least 0, but for
+    max_steps (0 or less: none) and penalties (below 0: a bonus)."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in ("max_steps", "missing_eos_penalty", "length_penalty"):
             is_count = isinstance(value, int) and getattr(Args, name) and name not in ("warmup_steps", "seed")
@@ -730,8 +733,7 @@ def without_none(entry):  # [shared]
 
 
 def find_column(rows, *names):  # [shared]
-    """The first of `names` that the data set has. Only the first row is asked: the data set has it, or
-    not."""
+    """The first of `names` that is a column of row 1."""
     for name in names:
         if name in rows[0]:
             return name
@@ -739,9 +741,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of every row, two at a time, as the tokenizer works outside of Python. Rows for which it
-    raises ValueError are left out, since in real data a few are always odd; one line says how many, why, and
-    which is the first. If most rows are left out, something else is wrong, and the data set is refused."""
+    """encode_row of every row, in two threads, as the tokenizer releases Python's lock. Rows for which it
+    raises ValueError are left out, since in real data a few are always odd; one line says how many, why (in
+    the error's words), and which is the first. If most are left out, the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -774,7 +776,7 @@ def read_chat(row, column):  # [shared]
         raise ValueError(f"with no text or messages in {column}")
     if isinstance(chat, str):
         if column != "prompt" and "prompt" not in row:
-            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
+            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply, marks included, is the prompt
             before, marker, reply = chat.rpartition("\n\nAssistant:")
             row = {"prompt": before and before + marker}
             chat = reply.strip()
@@ -851,7 +853,7 @@ def load_pretrained(auto_class, path):  # [shared]
     check_name(path, "model")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
-    # Code that comes with a model is not run, nor does anything ask on standard input whether to
+    # trust_remote_code=False: code that comes with a model is not run, and no question asks whether to run it
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
         # The file as it stands: Transformers 5 (checked: 5.24) rebuilds GPT2Tokenizer, Qwen2Tokenizer and
@@ -871,7 +873,7 @@ def load_pretrained(auto_class, path):  # [shared]
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is found by length, never by id
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: here padding is found by length, not by id
     return model, tokenizer
 
 
@@ -889,8 +891,8 @@ def load_reward_model(path, tokenizer):
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
-    """Refuse too short a context, or a family whose logits are not output_layer(backbone), such as Gemma 2,
-    or change with padding on the right."""
+    """Refuse a context that is too short, and a family whose logits are not output_layer(backbone), such as
+    Gemma 2, or change with padding on the right."""
     config = model.config.get_text_config()
     check_context(config, max(map(len, rows)) + extra)
     if getattr(config, "output_router_logits", False):
@@ -959,7 +961,7 @@ def open_logs(args, state, *names):  # [shared]
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
     logs = [open(folder / name, "a", buffering=1) for name in names]
-    sizes = state["log_sizes"] if state else [0, 0]
+    sizes = state["log_sizes"] if state else [0] * len(names)
     for log, size in zip(logs, sizes):
         log.truncate(size)
     if not state:  # an older model or checkpoint must not be taken for this run's

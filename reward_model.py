@@ -1,4 +1,4 @@
-"""Stage 2 of RLHF: the reward model. On the model in runs/sft and data/preferences: python reward_model.py
+"""Stage 2 of RLHF: the reward model. On the shipped task, after sft.py: python reward_model.py
 
 It is easier to say which of two responses is better than to write a good one. The SFT model gets a head that
 gives one number, the score of a response, and learns from pairs of responses of which people preferred one,
@@ -41,7 +41,7 @@ class Args:
     dataset_train_split: str = "train"  # pairs to train on
     dataset_test_split: str = "test"  # held-out pairs
     output_dir: str = "runs/reward_model"  # run folder
-    max_length: int = 512  # tokens of prompt and response together; pairs with a longer side are left out
+    max_length: int = 512  # tokens of prompt and response; pairs of which one is longer are left out
     # ---- loss ----
     lm_coef: float = 1.0  # weight of the language-model loss on the chosen side (Cobbe et al. 2021)
     center_coef: float = 0.003  # weight of (score(chosen) + score(rejected))^2 (Eisenstein et al. 2023)
@@ -71,7 +71,7 @@ def pair_scores(model, pairs, device):
     ids = pad_sequence([torch.tensor(side) for side in sides], batch_first=True).to(device)  # [2B, L]
     ends = torch.tensor([len(side) - 1 for side in sides], device=device)  # [2B]
     hidden = hidden_states(model, ids)  # [2B, L, d]
-    # At the last real token, by length. The stock class looks for the last id that is not a pad, which is one
+    # At the last real token, by length. Transformers' classifier looks for the last id that is not a pad, one
     # token early if pad == EOS.
     scores = model.score(hidden[torch.arange(len(sides), device=device), ends]).flatten()  # [2B]
     chosen, rejected = scores.chunk(2)  # [B], [B]
@@ -80,8 +80,8 @@ def pair_scores(model, pairs, device):
 
 def hidden_states(model, ids):  # [shared]
     """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
-    right, so no real token sees it. The backbone computes in bf16 on CUDA; weights stay fp32, where small
-    updates do not round to nothing, and so do logits and losses."""
+    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights, logits and losses
+    stay fp32: in bf16 small updates of weights would round to nothing."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -122,7 +122,7 @@ def evaluate(model, pairs, size, device):
     margin = torch.cat(margins)  # [N]
     right = (margin > 0).float()  # [N]
     confidence = torch.sigmoid(margin.abs())  # [N] in 0.5 ... 1
-    bins = ((confidence - 0.5) * 20).long().clamp(max=9)  # [N] ten of them
+    bins = ((confidence - 0.5) * 20).long().clamp(max=9)  # [N], 0 to 9
     gap = right - confidence  # [N]
     bin_gaps = [gap[bins == b].sum().abs() for b in range(10)]
     return {
@@ -151,7 +151,7 @@ def main(args):
         problem_type="regression",  # stock pipelines then show the score, not its sigmoid
         dtype=torch.float32,
     )
-    model.base_model.load_state_dict(sft.base_model.state_dict())  # strict: no weight is left random
+    model.base_model.load_state_dict(sft.base_model.state_dict())  # again, strictly: none may stay random
     # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252);
     # large ones would saturate the sigmoid before the backbone has learned anything.
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
@@ -163,9 +163,9 @@ def main(args):
     sides = [side for pair in train + test for side in pair]
     data_hash = check_data(state, sides)
     check_model(sft, tokenizer, sides)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, after the comparison in full fp32
-    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # for a term of the loss
-    # The stock class reads the score at the last token that is not a pad, so the pad must not be an end
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # for the language-model loss
+    # For transformers' classifier the pad must not be an end. With None it takes one response at a time
     model.config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.pad_token_id in end_ids:
         model.config.pad_token_id = None
@@ -206,11 +206,12 @@ def main(args):
         step_loss = 0.0
         step_accuracy = 0.0
         for micro_batch in micro_batches:
-            chosen, rejected, hidden = pair_scores(model, micro_batch, device)  # [b], [b], [2b, L, d]
+            # [b], [b], [2b, L, d]
+            chosen_scores, rejected_scores, hidden = pair_scores(model, micro_batch, device)
             # Bradley-Terry: the log-likelihood of the choices
-            margin = chosen - rejected  # [b]
+            margin = chosen_scores - rejected_scores  # [b]
             loss = -F.logsigmoid(margin).sum() / num_pairs
-            center_loss = ((chosen + rejected) ** 2).sum() / num_pairs
+            center_loss = ((chosen_scores + rejected_scores) ** 2).sum() / num_pairs
             total = loss + args.center_coef * center_loss
             # Next-token prediction on prompt and response of the chosen side keeps what the backbone knows of
             # language, through the SFT model's own output layer.
@@ -218,7 +219,7 @@ def main(args):
                 labels = [torch.tensor(chosen_ids[1:]) for chosen_ids, _ in micro_batch]
                 labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)  # [b, l]
                 real = labels >= 0  # [b, l]
-                chosen_hidden = hidden[: len(labels), : labels.shape[1]]  # [b, l, d]: these come first
+                chosen_hidden = hidden[: len(labels), : labels.shape[1]]  # [b, l, d]: chosen sides come first
                 logits = lm_head(chosen_hidden[real])  # [N, V] of N real tokens
                 lm_loss = F.cross_entropy(logits, labels[real], reduction="sum")
                 total = total + args.lm_coef * lm_loss / num_tokens
@@ -267,7 +268,8 @@ def fail(message):  # [shared]
 
 def check_numbers(args):  # [shared]
     """Refuse numbers that would train nothing, or train wrongly, without an error. Counts must be at least 1,
-    unless their default is 0, which stands for "none" or "choose"; all else must be at least 0."""
+    unless their default is 0, which stands for "none" or "choose"; all else must be at least 0, but for
+    max_steps (0 or less: none) and penalties (below 0: a bonus)."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in ("max_steps", "missing_eos_penalty", "length_penalty"):
             is_count = isinstance(value, int) and getattr(Args, name) and name not in ("warmup_steps", "seed")
@@ -324,8 +326,7 @@ def without_none(entry):  # [shared]
 
 
 def find_column(rows, *names):  # [shared]
-    """The first of `names` that the data set has. Only the first row is asked: the data set has it, or
-    not."""
+    """The first of `names` that is a column of row 1."""
     for name in names:
         if name in rows[0]:
             return name
@@ -333,9 +334,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of every row, two at a time, as the tokenizer works outside of Python. Rows for which it
-    raises ValueError are left out, since in real data a few are always odd; one line says how many, why, and
-    which is the first. If most rows are left out, something else is wrong, and the data set is refused."""
+    """encode_row of every row, in two threads, as the tokenizer releases Python's lock. Rows for which it
+    raises ValueError are left out, since in real data a few are always odd; one line says how many, why (in
+    the error's words), and which is the first. If most are left out, the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -368,7 +369,7 @@ def read_chat(row, column):  # [shared]
         raise ValueError(f"with no text or messages in {column}")
     if isinstance(chat, str):
         if column != "prompt" and "prompt" not in row:
-            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
+            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply, marks included, is the prompt
             before, marker, reply = chat.rpartition("\n\nAssistant:")
             row = {"prompt": before and before + marker}
             chat = reply.strip()
@@ -465,7 +466,7 @@ def load_pretrained(auto_class, path):  # [shared]
     check_name(path, "model")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
-    # Code that comes with a model is not run, nor does anything ask on standard input whether to
+    # trust_remote_code=False: code that comes with a model is not run, and no question asks whether to run it
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
         # The file as it stands: Transformers 5 (checked: 5.24) rebuilds GPT2Tokenizer, Qwen2Tokenizer and
@@ -485,14 +486,14 @@ def load_pretrained(auto_class, path):  # [shared]
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is found by length, never by id
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: here padding is found by length, not by id
     return model, tokenizer
 
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
-    """Refuse too short a context, or a family whose logits are not output_layer(backbone), such as Gemma 2,
-    or change with padding on the right."""
+    """Refuse a context that is too short, and a family whose logits are not output_layer(backbone), such as
+    Gemma 2, or change with padding on the right."""
     config = model.config.get_text_config()
     check_context(config, max(map(len, rows)) + extra)
     if getattr(config, "output_router_logits", False):
@@ -546,7 +547,7 @@ def open_logs(args, state, *names):  # [shared]
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
     logs = [open(folder / name, "a", buffering=1) for name in names]
-    sizes = state["log_sizes"] if state else [0, 0]
+    sizes = state["log_sizes"] if state else [0] * len(names)
     for log, size in zip(logs, sizes):
         log.truncate(size)
     if not state:  # an older model or checkpoint must not be taken for this run's

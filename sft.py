@@ -1,4 +1,4 @@
-"""Stage 1 of RLHF: supervised fine-tuning (SFT). A small model from scratch, on data/: python sft.py
+"""Stage 1 of RLHF: supervised fine-tuning (SFT). On the shipped task: python sft.py
 
 A base model continues text. Trained to predict the completions of demonstrations (prompts with good
 responses), it responds to prompts. The result is the policy's starting point, the reference of the KL penalty
@@ -63,21 +63,21 @@ def completion_loss(model, examples, device):
     """Summed negative log-likelihood of the completions' tokens, EOS included; prompts are given, not
     learned. `examples` are (prompt ids, completion ids)."""
     rows = [torch.tensor(prompt + completion) for prompt, completion in examples]
-    ids = pad_sequence(rows, batch_first=True).to(device)  # [B, L]; what is padding is not read
+    ids = pad_sequence(rows, batch_first=True).to(device)  # [B, L]; padded with 0, which is never read
     # One shorter than the row, as each position predicts the next token; -100: nothing to learn
     labels = [torch.tensor([-100] * (len(prompt) - 1) + completion) for prompt, completion in examples]
     labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)  # [B, L-1]
-    real = labels >= 0  # [B, L-1]
+    learned = labels >= 0  # [B, L-1]
     hidden = hidden_states(model, ids)  # [B, L, d]
     # Only of the N completion tokens, as [B, L, V] would be large
-    logits = model.get_output_embeddings()(hidden[:, :-1][real])  # [N, V]
-    return F.cross_entropy(logits, labels[real], reduction="sum")
+    logits = model.get_output_embeddings()(hidden[:, :-1][learned])  # [N, V]
+    return F.cross_entropy(logits, labels[learned], reduction="sum")
 
 
 def hidden_states(model, ids):  # [shared]
     """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
-    right, so no real token sees it. The backbone computes in bf16 on CUDA; weights stay fp32, where small
-    updates do not round to nothing, and so do logits and losses."""
+    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights, logits and losses
+    stay fp32: in bf16 small updates of weights would round to nothing."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -106,9 +106,9 @@ def warmup_cosine(step, warmup_steps, total_steps):  # [shared]
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# In Jinja. A response begins with a space, as tokenizers join a space to the word after it: so the prompt's
-# ids are those that the chat begins with. A prompt ends with `after`, so nothing is left for
-# add_generation_prompt.
+# In Jinja; `before` and `after` stand around {prompt}. The space between prompt and response goes to the
+# response, as tokenizers join a space to the word after it: so the ids of a chat begin with those of its
+# prompt. A prompt ends with `after`, so nothing is left for add_generation_prompt.
 TURNS = """{% for m in messages %}
 {%- if m.role == 'user' %}{{ before + m.content + after }}
 {%- elif m.role == 'assistant' %}{{ ' ' if m.content[:1] not in ' \\n' }}{{ m.content + eos_token }}
@@ -120,7 +120,7 @@ def chat_template(prompt_template, tokenizer):
     """A chat template from "Prompt: {prompt}\\nResponse:", for instance. Ends of turns are EOS."""
     text = prompt_template.replace("\\n", "\n")  # a shell passes \n as two characters
     before, after = text.split("{prompt}")
-    start = f"{{% set before, after = {before!r}, {after!r} %}}"
+    start = f"{{% set before, after = {before!r}, {after!r} %}}"  # a literal of Python is one of Jinja
     if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # the tokenizer begins texts with BOS
         start += "{{ bos_token }}"
     return start + TURNS
@@ -158,9 +158,9 @@ def main(args):
     test = load_examples(tokenizer, end_ids, args, args.dataset_test_split)
     sequences = [prompt + completion for prompt, completion in train + test]
     data_hash = check_data(state, sequences)
-    longest_sample = test[0][0] + [0] * args.max_new_tokens  # a stand-in, as its length is checked
-    check_model(model, tokenizer, [*sequences, longest_sample])
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, after the comparison in full fp32
+    check_model(model, tokenizer, sequences)
+    check_context(model.config.get_text_config(), len(test[0][0]) + args.max_new_tokens)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     print(f"for example: {tokenizer.decode(train[0][0])!r} -> {tokenizer.decode(train[0][1])!r}")
     # For `generate`, here and later: temperature alone. The library's default top_k is 50, not 0.
     model.generation_config = transformers.GenerationConfig(
@@ -177,8 +177,8 @@ def main(args):
         model.activation_checkpointing_enable()
 
     # 3. Optimizer and schedule. AdamW, as in pretraining: Adam divides each weight's step by the size of its
-    # gradients; weight decay, a gentle pull to zero, keeps weights small. A small model, from scratch, takes
-    # 300 times the rate of a large pretrained one, which would forget what it knows.
+    # gradients; weight decay, a gentle pull to zero, keeps weights small. A small model, taken to be from
+    # scratch, gets 300 times the rate of a large pretrained one, which would forget what it knows.
     small = model.num_parameters() < 10e6
     learning_rate = args.learning_rate or (3e-3 if small else 1e-5)
     epochs = args.num_train_epochs or (6 if small else 2)
@@ -258,7 +258,8 @@ def fail(message):  # [shared]
 
 def check_numbers(args):  # [shared]
     """Refuse numbers that would train nothing, or train wrongly, without an error. Counts must be at least 1,
-    unless their default is 0, which stands for "none" or "choose"; all else must be at least 0."""
+    unless their default is 0, which stands for "none" or "choose"; all else must be at least 0, but for
+    max_steps (0 or less: none) and penalties (below 0: a bonus)."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in ("max_steps", "missing_eos_penalty", "length_penalty"):
             is_count = isinstance(value, int) and getattr(Args, name) and name not in ("warmup_steps", "seed")
@@ -315,8 +316,7 @@ def without_none(entry):  # [shared]
 
 
 def find_column(rows, *names):  # [shared]
-    """The first of `names` that the data set has. Only the first row is asked: the data set has it, or
-    not."""
+    """The first of `names` that is a column of row 1."""
     for name in names:
         if name in rows[0]:
             return name
@@ -324,9 +324,9 @@ def find_column(rows, *names):  # [shared]
 
 
 def encode_rows(encode_row, rows, split):  # [shared]
-    """encode_row of every row, two at a time, as the tokenizer works outside of Python. Rows for which it
-    raises ValueError are left out, since in real data a few are always odd; one line says how many, why, and
-    which is the first. If most rows are left out, something else is wrong, and the data set is refused."""
+    """encode_row of every row, in two threads, as the tokenizer releases Python's lock. Rows for which it
+    raises ValueError are left out, since in real data a few are always odd; one line says how many, why (in
+    the error's words), and which is the first. If most are left out, the data set is refused."""
     kept = []
     left_out = defaultdict(list)  # why: row numbers
 
@@ -359,7 +359,7 @@ def read_chat(row, column):  # [shared]
         raise ValueError(f"with no text or messages in {column}")
     if isinstance(chat, str):
         if column != "prompt" and "prompt" not in row:
-            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply is the prompt
+            # A dialogue, as in Anthropic/hh-rlhf: all before the last reply, marks included, is the prompt
             before, marker, reply = chat.rpartition("\n\nAssistant:")
             row = {"prompt": before and before + marker}
             chat = reply.strip()
@@ -454,7 +454,7 @@ def load_pretrained(auto_class, path):  # [shared]
     check_name(path, "model")
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         fail(f"there is no model in {path} yet: run the earlier stage first")
-    # Code that comes with a model is not run, nor does anything ask on standard input whether to
+    # trust_remote_code=False: code that comes with a model is not run, and no question asks whether to run it
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
         # The file as it stands: Transformers 5 (checked: 5.24) rebuilds GPT2Tokenizer, Qwen2Tokenizer and
@@ -474,14 +474,14 @@ def load_pretrained(auto_class, path):  # [shared]
         fail(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is found by length, never by id
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: here padding is found by length, not by id
     return model, tokenizer
 
 
 @torch.no_grad()
 def check_model(model, tokenizer, rows, extra=0):  # [shared]
-    """Refuse too short a context, or a family whose logits are not output_layer(backbone), such as Gemma 2,
-    or change with padding on the right."""
+    """Refuse a context that is too short, and a family whose logits are not output_layer(backbone), such as
+    Gemma 2, or change with padding on the right."""
     config = model.config.get_text_config()
     check_context(config, max(map(len, rows)) + extra)
     if getattr(config, "output_router_logits", False):
@@ -541,7 +541,7 @@ def open_logs(args, state, *names):  # [shared]
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
     logs = [open(folder / name, "a", buffering=1) for name in names]
-    sizes = state["log_sizes"] if state else [0, 0]
+    sizes = state["log_sizes"] if state else [0] * len(names)
     for log, size in zip(logs, sizes):
         log.truncate(size)
     if not state:  # an older model or checkpoint must not be taken for this run's
