@@ -651,7 +651,7 @@ def bf16_copy(model):
     return model
 
 
-# ---- Plumbing. Functions marked [shared], here and above, are the same in the other scripts ----
+# ---- Plumbing. Functions marked [shared], here and above, are the same in all scripts that have them ----
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
     print("error:", " ".join(message.split()), file=sys.stderr)

@@ -4,8 +4,9 @@ It is easier to say which of two responses is better than to write a good one. T
 gives one number, the score of a response, and learns from pairs of responses of which people preferred one,
 by the Bradley-Terry model: P(chosen is preferred) = sigmoid(score(chosen) - score(rejected)). Stage 3 trains
 the policy to raise the score. The default adds two terms to this textbook loss: a language-model loss on the
-chosen side, which brought 1 to 2 points of held-out accuracy on the shipped task, and a centering term. Pairs
-leave one constant per prompt undetermined, which would be noise in stage 3; centering keeps scores near 0.
+chosen side (prompt and chosen response), which brought 1 to 2 points of held-out accuracy on the shipped
+task, and a centering term. Pairs leave one constant per prompt undetermined, which would be noise in stage 3;
+centering keeps scores near 0.
 
 Sources: Christiano et al. 2017, section 2.2.3; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, 3.5;
 the two terms: Cobbe et al. 2021, Eisenstein et al. 2023. Functions marked [shared] are the same in the other
@@ -151,7 +152,8 @@ def main(args):
         problem_type="regression",  # stock pipelines then show the score, not its sigmoid
         dtype=torch.float32,
     )
-    model.base_model.load_state_dict(sft.base_model.state_dict())  # again, strictly: none may stay random
+    # Once more, strictly: from_pretrained leaves weights that it finds no values for random
+    model.base_model.load_state_dict(sft.base_model.state_dict())
     # std 1/sqrt(d+1) keeps the first scores near unit size (lm-human-preferences, language/model.py:252);
     # large ones would saturate the sigmoid before the backbone has learned anything.
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
@@ -164,8 +166,9 @@ def main(args):
     data_hash = check_data(state, sides)
     check_model(sft, tokenizer, sides)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # for the language-model loss
-    # For transformers' classifier the pad must not be an end. With None it takes one response at a time
+    lm_head = sft.get_output_embeddings().requires_grad_(False).to(device)  # for the language-model loss only
+    # For users of the saved model: transformers' classifier skips pads to find the last token, so the pad
+    # must not be an end. With None it takes one response at a time.
     model.config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.pad_token_id in end_ids:
         model.config.pad_token_id = None
@@ -208,7 +211,7 @@ def main(args):
         for micro_batch in micro_batches:
             # [b], [b], [2b, L, d]
             chosen_scores, rejected_scores, hidden = pair_scores(model, micro_batch, device)
-            # Bradley-Terry: the log-likelihood of the choices
+            # Bradley-Terry: the negative log-likelihood of the choices
             margin = chosen_scores - rejected_scores  # [b]
             loss = -F.logsigmoid(margin).sum() / num_pairs
             center_loss = ((chosen_scores + rejected_scores) ** 2).sum() / num_pairs
@@ -259,7 +262,7 @@ def main(args):
     print(f"saved to {args.output_dir}. Next: python ppo_rlhf.py {paths}")
 
 
-# ---- Plumbing. Functions marked [shared], here and above, are the same in the other scripts ----
+# ---- Plumbing. Functions marked [shared], here and above, are the same in all scripts that have them ----
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
     print("error:", " ".join(message.split()), file=sys.stderr)

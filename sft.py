@@ -63,7 +63,7 @@ def completion_loss(model, examples, device):
     """Summed negative log-likelihood of the completions' tokens, EOS included; prompts are given, not
     learned. `examples` are (prompt ids, completion ids)."""
     rows = [torch.tensor(prompt + completion) for prompt, completion in examples]
-    ids = pad_sequence(rows, batch_first=True).to(device)  # [B, L]; padded with 0, which is never read
+    ids = pad_sequence(rows, batch_first=True).to(device)  # [B, L]; padded with 0: outputs there are not used
     # One shorter than the row, as each position predicts the next token; -100: nothing to learn
     labels = [torch.tensor([-100] * (len(prompt) - 1) + completion) for prompt, completion in examples]
     labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)  # [B, L-1]
@@ -221,7 +221,8 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 5. Logging. If the held-out loss rises while train/loss falls, the model memorizes: fewer epochs
+        # 5. Logging. If the held-out loss rises while train/loss falls, the model memorizes: train for fewer
+        # epochs.
         metrics = {
             "step": step,
             "train/loss": step_loss,  # nats per token
@@ -249,7 +250,7 @@ def main(args):
     print(f"saved to {args.output_dir}. Next: python reward_model.py --model_name_or_path {args.output_dir}")
 
 
-# ---- Plumbing. Functions marked [shared], here and above, are the same in the other scripts ----
+# ---- Plumbing. Functions marked [shared], here and above, are the same in all scripts that have them ----
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
     print("error:", " ".join(message.split()), file=sys.stderr)
