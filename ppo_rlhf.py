@@ -31,7 +31,7 @@ micro-batch b rows, L slots for the longest row, t for the longest response; d: 
 
 Sources: Ziegler et al. 2019 (openai/lm-human-preferences), Stiennon et al. 2020, Ouyang et al. 2022, "The N
 Implementation Details of RLHF with PPO" (Huang et al. 2023, vwxyzjn/lm-human-preference-details); PPO itself:
-Schulman et al. 2017. Functions marked [shared] are the same in the other scripts.
+Schulman et al. 2017. Functions marked [shared] are the same in every script that has them.
 """
 
 import copy
@@ -93,10 +93,10 @@ class Args:
     warmup_steps: int = 2  # updates of linear warm-up, as the first values are wrong; then linear decay
     num_ppo_epochs: int = 2  # passes over each batch of episodes
     num_mini_batches: int = 8  # optimizer steps per pass
-    per_device_train_batch_size: int = 16  # a micro-batch: episodes per forward pass; same gradient
+    per_device_train_batch_size: int = 16  # a micro-batch: episodes per forward pass; changes no gradient
     cliprange: float = 0.2  # the ratio of new to old probability is clipped to 1 +- cliprange
     cliprange_value: float = 0.2  # a value that moved more than this towards its return gets no gradient
-    vf_coef: float = 0.1  # of the value loss; with a critic felt in gradient clipping: Adam cancels factors
+    vf_coef: float = 0.1  # weight of the value loss; with a critic, Adam cancels it but for clipping
     separate_critic: bool = True  # values from a copy of the reward model; else a value head on the policy
     entropy_coef: float = 0.0  # weight of an entropy bonus, against mode collapse
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 for none
@@ -223,8 +223,8 @@ def micro_batches(batch, rows, size):
 
 def hidden_states(model, ids):  # [shared]
     """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
-    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights, logits and losses
-    stay fp32: in bf16 small updates of weights would round to nothing."""
+    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights stay fp32, as small
+    updates would round to nothing in bf16; logits and losses are fp32 too."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -602,8 +602,8 @@ def rollout(model, prompts, prompt_mask, uniforms, temperature, end_ids, pad_id,
         position.add_(1)
         sample_next(output.last_hidden_state[:, -1])
 
-    # Older versions of transformers call `cache` past_key_values.
-    # Recurrent layers, as in Qwen3.5, read the last P entries of a mask, so they need the prompts' own
+    # Recurrent layers, as in Qwen3.5, read the last P entries of a mask, so they need the prompts' own.
+    # `cache` is what older versions of transformers call past_key_values.
     prefill_mask = prompt_mask if model._is_stateful else attention_mask
     output = model.base_model(prompts, attention_mask=prefill_mask, position_ids=positions, cache=cache)
     sample_next(output.last_hidden_state[:, -1])
@@ -651,7 +651,7 @@ def bf16_copy(model):
     return model
 
 
-# ---- Plumbing. Functions marked [shared], here and above, are the same in all scripts that have them ----
+# ---- Plumbing ----
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
     print("error:", " ".join(message.split()), file=sys.stderr)

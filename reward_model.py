@@ -9,8 +9,8 @@ task, and a centering term. Pairs leave one constant per prompt undetermined, wh
 centering keeps scores near 0.
 
 Sources: Christiano et al. 2017, section 2.2.3; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, 3.5;
-the two terms: Cobbe et al. 2021, Eisenstein et al. 2023. Functions marked [shared] are the same in the other
-scripts."""
+the two terms: Cobbe et al. 2021, Eisenstein et al. 2023. Functions marked [shared] are the same in every
+script that has them."""
 
 import functools
 import json
@@ -42,7 +42,7 @@ class Args:
     dataset_train_split: str = "train"  # pairs to train on
     dataset_test_split: str = "test"  # held-out pairs
     output_dir: str = "runs/reward_model"  # run folder
-    max_length: int = 512  # tokens of prompt and response; pairs of which one is longer are left out
+    max_length: int = 512  # tokens of prompt and response together; pairs in which one is longer are left out
     # ---- loss ----
     lm_coef: float = 1.0  # weight of the language-model loss on the chosen side (Cobbe et al. 2021)
     center_coef: float = 0.003  # weight of (score(chosen) + score(rejected))^2 (Eisenstein et al. 2023)
@@ -81,8 +81,8 @@ def pair_scores(model, pairs, device):
 
 def hidden_states(model, ids):  # [shared]
     """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
-    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights, logits and losses
-    stay fp32: in bf16 small updates of weights would round to nothing."""
+    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights stay fp32, as small
+    updates would round to nothing in bf16; logits and losses are fp32 too."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -262,7 +262,7 @@ def main(args):
     print(f"saved to {args.output_dir}. Next: python ppo_rlhf.py {paths}")
 
 
-# ---- Plumbing. Functions marked [shared], here and above, are the same in all scripts that have them ----
+# ---- Plumbing ----
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
     print("error:", " ".join(message.split()), file=sys.stderr)

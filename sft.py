@@ -3,7 +3,7 @@
 A base model continues text. Trained to predict the completions of demonstrations (prompts with good
 responses), it responds to prompts. The result is the policy's starting point, the reference of the KL penalty
 and the reward model's backbone (Ouyang et al. 2022, section 3.5). Functions marked [shared] are the same in
-the other scripts."""
+every script that has them."""
 
 import functools
 import inspect
@@ -76,8 +76,8 @@ def completion_loss(model, examples, device):
 
 def hidden_states(model, ids):  # [shared]
     """Right-padded ids [B, L] -> [B, L, d]. No attention mask: attention is causal and the padding on the
-    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights, logits and losses
-    stay fp32: in bf16 small updates of weights would round to nothing."""
+    right, so no real token sees it. The backbone computes in bf16 on CUDA. Weights stay fp32, as small
+    updates would round to nothing in bf16; logits and losses are fp32 too."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return model.base_model(ids, use_cache=False).last_hidden_state.float()
 
@@ -159,7 +159,7 @@ def main(args):
     sequences = [prompt + completion for prompt, completion in train + test]
     data_hash = check_data(state, sequences)
     check_model(model, tokenizer, sequences)
-    check_context(model.config.get_text_config(), len(test[0][0]) + args.max_new_tokens)
+    check_context(model.config.get_text_config(), len(test[0][0]) + args.max_new_tokens)  # step 5's sample
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     print(f"for example: {tokenizer.decode(train[0][0])!r} -> {tokenizer.decode(train[0][1])!r}")
     # For `generate`, here and later: temperature alone. The library's default top_k is 50, not 0.
@@ -250,7 +250,7 @@ def main(args):
     print(f"saved to {args.output_dir}. Next: python reward_model.py --model_name_or_path {args.output_dir}")
 
 
-# ---- Plumbing. Functions marked [shared], here and above, are the same in all scripts that have them ----
+# ---- Plumbing ----
 def fail(message):  # [shared]
     """Print one line and exit with status 2, rather than go wrong silently."""
     print("error:", " ".join(message.split()), file=sys.stderr)

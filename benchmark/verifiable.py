@@ -16,7 +16,19 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT, job, make_copy, mean, print_table, read_jsonl, run_all, spread, write_jsonl
+from common import (
+    RESULTS,
+    ROOT,
+    job,
+    make_copy,
+    mean,
+    print_table,
+    read_jsonl,
+    run_all,
+    spread,
+    stamp,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -144,7 +156,7 @@ def describe(seed, name, base, run):
         row["episodes_to_90"] = episodes_to(row["curve"], 0.9)
         metrics = read_jsonl(run / "metrics.jsonl")
         row["explained_variance"] = [round(line["val/explained_variance"], 3) for line in metrics]
-    return row
+    return row | stamp(run)
 
 
 def draw(rows, path):
